@@ -1,0 +1,72 @@
+"""The exception tree: every error that this library raises on purpose.
+
+::
+
+    TorchDistError
+    ├── TopologyError        sizes, groups, set-up order           (also a ValueError)
+    ├── SplitError           a model or layer list cannot be cut   (also a ValueError)
+    ├── ScheduleError        a plan is unknown, incomplete or wrong (also a ValueError)
+    │   └── DeadlockError    a plan in which ranks wait for each other for ever
+    ├── TransportError       a message cannot be packed, sent, received or trusted
+    ├── PipelineError        a step failed: which rank, stage, action and why
+    └── CheckpointError      a checkpoint is torn, foreign or does not fit
+
+User mistakes are raised at construction, before anything runs; each message states the numbers and the next thing to
+try. A failure while a step runs reaches every rank of the pipeline: the rank that failed raises its own exception, the
+others raise `PipelineError`.
+
+This file is the bottom of the house: it imports nothing and every room imports it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "DeadlockError",
+    "PipelineError",
+    "ScheduleError",
+    "SplitError",
+    "TopologyError",
+    "TorchDistError",
+    "TransportError",
+]
+
+
+class TorchDistError(Exception):
+    """Base of every error raised by this library.
+
+    Example:
+        >>> try:
+        ...     raise SplitError("3 layers cannot fill 4 stages")
+        ... except TorchDistError as error:
+        ...     print(error)
+        3 layers cannot fill 4 stages
+    """
+
+
+class TopologyError(TorchDistError, ValueError):
+    """Group sizes do not fit the world, a group is unknown, or nothing was set up yet."""
+
+
+class SplitError(TorchDistError, ValueError):
+    """A model or a list of layers cannot be cut as asked."""
+
+
+class ScheduleError(TorchDistError, ValueError):
+    """A schedule is unknown, or a plan is incomplete, out of order or malformed."""
+
+
+class DeadlockError(ScheduleError):
+    """A plan in which some ranks wait for each other for ever."""
+
+
+class TransportError(TorchDistError, RuntimeError):
+    """A message between ranks cannot be packed, moved, or trusted on arrival."""
+
+
+class PipelineError(TorchDistError, RuntimeError):
+    """A pipelined step failed, here or on another rank; the message names rank, stage, action and cause."""
+
+
+class CheckpointError(TorchDistError, RuntimeError):
+    """A checkpoint is torn, foreign, or does not fit the model."""

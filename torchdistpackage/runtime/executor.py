@@ -1,0 +1,358 @@
+"""The one program that runs plans.
+
+::
+
+    RECV   post a receive, do not wait
+    F      take the input -> stage.forward  -> keep the output for SEND
+    B      take the gradient -> stage.backward -> keep the input's gradient for SEND
+    SEND   pack and send, do not wait
+    REDUCE_GRAD   the stage's gradients are complete over its data-parallel replicas
+
+The state of a micro-batch lives in three places only: the stage's saved inputs and outputs, this file's `_local`
+(results on their way to a SEND or to another stage of this rank) and the transport's mail. All are emptied by taking,
+and a step ends with all of them empty. Neighbours: `program.py` resolves the plan, `stage.py` knows autograd,
+`transport.py` carries messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol, final
+
+import torch
+from torch import Tensor
+
+from torchdistpackage.errors import PipelineError, TransportError
+from torchdistpackage.runtime import message as wire
+from torchdistpackage.runtime.backward import BackwardFn
+from torchdistpackage.runtime.edge import Key
+from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
+from torchdistpackage.runtime.message import Kind, Layout, Message
+from torchdistpackage.runtime.microbatch import Slices, microbatch_sizes, slice_inputs
+from torchdistpackage.runtime.program import Instruction, compile_program
+from torchdistpackage.runtime.stage import ForwardFn, GradientReducer, Output, Stage
+from torchdistpackage.runtime.transport import TensorShard, Transport
+from torchdistpackage.schedule import Op, Plan
+
+__all__ = ["ChunkWork", "Executor", "StepExtension", "StepResult", "raise_failure"]
+
+
+@dataclass(frozen=True)
+class ChunkWork:
+    """What one chunk of this rank does in one step.
+
+    Attributes:
+        forward_fn: The user's function; gets one object, or a list when there are several inputs.
+        backward_fn: The user's backward, or None for torch's.
+        inputs: The chunk's own inputs, for the whole batch.
+        reducer: Reduces its gradients over data-parallel replicas.
+    """
+
+    forward_fn: ForwardFn
+    backward_fn: BackwardFn | None = None
+    inputs: Any = None
+    reducer: GradientReducer | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step left on this rank.
+
+    Attributes:
+        outputs: On the rank of the last stage one entry for each micro-batch that has rows: its loss in training, its
+            output in evaluation. Elsewhere empty.
+        weights: What each of them counts: its share of the batch for a mean, 1 for a sum.
+        rows: Rows of the whole step's batch.
+    """
+
+    outputs: list[Any] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    rows: int = 0
+
+
+class StepExtension(Protocol):
+    """Exchanges that belong to a step but not to its plan, such as the gradients of tied parameters."""
+
+    def begin_step(self, transport: Transport, *, training: bool) -> None:
+        """Comes before the first action."""
+
+    def end_step(self, transport: Transport) -> None:
+        """Comes after the last action."""
+
+    def cancel(self) -> None:
+        """Comes after a failure."""
+
+
+@final
+class Executor:
+    """Runs one plan on one rank, as often as wanted.
+
+    Args:
+        plan: Verified, with communication.
+        transport: This rank's transport.
+
+    Example:
+        >>> from torchdistpackage.runtime.loopback import loopback
+        >>> from torchdistpackage.schedule import build
+        >>> executor = Executor(build("1f1b", 1, 2), loopback(1)[0])
+        >>> w = torch.ones(1, requires_grad=True)
+        >>> result = executor.run([ChunkWork(lambda x: (w * x).mean(), inputs=torch.tensor([1.0, 2.0, 3.0]))])
+        >>> result.weights, w.grad
+        ([0.6666666666666666, 0.3333333333333333], tensor([2.]))
+    """
+
+    def __init__(self, plan: Plan, transport: Transport) -> None:
+        self.plan, self.transport = plan, transport
+        self._program = compile_program(plan, transport.rank, transport.receives_ahead)
+        count = plan.placement.num_stages
+        self._stages = {index: Stage(index, count) for index in plan.placement.local_stages(transport.rank)}
+        self._handlers = {
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.SEND_F: self._send_forward,
+            Op.SEND_B: self._send_backward,
+            Op.RECV_F: self._post,
+            Op.RECV_B: self._post,
+            Op.REDUCE_GRAD: self._reduce,
+        }
+
+    def run(
+        self,
+        work: Sequence[ChunkWork],
+        *,
+        mean: bool = True,
+        signature: str = "",
+        wire_dtype: torch.dtype | None = None,
+        shard: TensorShard | None = None,
+        around: StepExtension | None = None,
+    ) -> StepResult:
+        """Runs one step.
+
+        Args:
+            work: One entry for each local chunk.
+            mean: Micro-batches count by their share of the batch; otherwise each counts 1.
+            signature: What else the ranks must agree on, besides the plan.
+            wire_dtype: Cast floating tensors to this dtype while they travel.
+            shard: Tensor-parallel group that shares the transfer.
+            around: What else the ranks exchange before and after the plan.
+
+        Raises:
+            PipelineError: Another rank failed, or the ranks disagree. This rank's own exception is raised as it is,
+                with the plan's marked grid as a note; every other rank then raises `PipelineError`.
+        """
+        at: Instruction | None = None
+        handlers = self._handlers
+        try:
+            self._begin(work, mean=mean, signature=signature, wire_dtype=wire_dtype, shard=shard)
+            if around is not None:
+                around.begin_step(self.transport, training=not self.plan.forward_only)
+            for at in self._program.instructions:
+                handlers[at.op](at)
+            at = None
+            if around is not None:
+                around.end_step(self.transport)
+            self.transport.exchange_credit(list(self._program.credit_from), list(self._program.credit_to))
+            self._end()
+        except BaseException as error:
+            if around is not None:
+                around.cancel()
+            self._fail(error, at)
+        sizes = microbatch_sizes(self._rows, self.plan.num_microbatches)[: self._filled]
+        weights = [self._weight(size) for size in sizes]
+        return StepResult([self._outputs[i] for i in sorted(self._outputs)], weights, self._rows)
+
+    # --- begin and end ------------------------------------------------------------------------------------------------
+
+    def _begin(self, work: Sequence[ChunkWork], *, mean: bool, signature: str, wire_dtype: Any, shard: Any) -> None:
+        training = not self.plan.forward_only
+        self._mean, self._rows, self._filled = mean, 0, 0
+        self._local: dict[Key, Any] = {}
+        self._outputs: dict[int, Any] = {}
+        for stage, chunk in zip(self._stages.values(), work, strict=True):
+            stage.begin_step(chunk.forward_fn, chunk.backward_fn, chunk.reducer, training=training)
+        self.transport.begin_step(
+            f"{self.plan.signature}{signature}", training=training, wire_dtype=wire_dtype, shard=shard
+        )
+        if training and not torch.is_grad_enabled():
+            raise PipelineError("a training step runs under torch.no_grad(); for evaluation pass forward_only=True")
+        self._own: dict[int, Slices] = {}
+        for index, chunk in zip(self._stages, work, strict=True):
+            self._own[index] = slice_inputs(chunk.inputs, self.plan.num_microbatches)
+        if 0 in self._own:
+            rows = self._own[0].rows
+            if rows is None:
+                raise PipelineError(
+                    "the first stage got no input to cut into micro-batches: pass inputs=samples (a tensor, or a list "
+                    f"or pytree of tensors) on rank {self.transport.rank}, where the batch enters the pipeline"
+                )
+            self._learn_rows(rows)
+
+    def _learn_rows(self, rows: int) -> None:
+        """The first stage knows the batch; the others learn its rows from their first message."""
+        for index, own in self._own.items():
+            if own.rows is not None and own.rows != rows:
+                raise PipelineError(
+                    f"the batch has {rows} rows on the first stage, but the inputs of stage {index} (rank "
+                    f"{self.transport.rank}) have {own.rows}: samples and targets must be of one batch"
+                )
+        self._rows = rows
+        self._filled = min(rows, self.plan.num_microbatches)
+        self._sizes = microbatch_sizes(rows, self.plan.num_microbatches)
+        self._last_backward = {
+            stage: [i for i in order if i < self._filled][-1] for stage, order in self._program.backwards.items() if order
+        }
+
+    def _end(self) -> None:
+        self.transport.end_step()
+        if self._local:
+            raise TransportError(f"the step ended with results that nobody took: {sorted(self._local)}")
+
+    def _weight(self, size: int) -> float:
+        return size / self._rows if self._mean else 1.0
+
+    # --- one method an operation --------------------------------------------------------------------------------------
+
+    def _post(self, at: Instruction) -> None:
+        self.transport.inlet(at.peer).post()
+
+    def _take(self, at: Instruction, kind: Kind, source: int) -> Message:
+        """Waits for an input, and takes back the frames that its arrival proves delivered."""
+        transport = self.transport
+        if at.peer == transport.rank:
+            message: Message = self._local.pop((kind, source, at.microbatch))
+            return message
+        message = transport.inlet(at.peer).take(kind, source, at.microbatch)
+        for peer, key in at.proves:
+            transport.outlet(peer).release(key)
+        return message
+
+    def _forward(self, at: Instruction) -> None:
+        stage, i = self._stages[at.stage], at.microbatch
+        message = None
+        if at.stage > 0:
+            message = self._take(at, Kind.FORWARD, at.stage - 1)
+            if not self._rows:
+                self._learn_rows(message.rows)
+        if i >= self._filled:
+            result: Output | None = None  # no rows: skipped on every stage
+        else:
+            output = stage.forward(i, message, self._own[at.stage].microbatches[i], only=self._filled == 1)
+            if stage.is_last:
+                self._outputs[i] = _detached(output) if not self.plan.forward_only else output
+                return
+            result = stage.flatten(i, output)
+        if not stage.is_last:
+            self._keep(Kind.FORWARD, at.stage, i, result, self.plan.placement.owner(at.stage + 1))
+
+    def _backward(self, at: Instruction) -> None:
+        stage, i = self._stages[at.stage], at.microbatch
+        gradients: list[Tensor | None] | None = None
+        if not stage.is_last:
+            message = self._take(at, Kind.BACKWARD, at.stage + 1)
+            if message.layout is not None:
+                gradients = _gradient_list(message)
+        result: Output | None = None
+        if i < self._filled:
+            weight = self._weight(self._sizes[i])
+            found = stage.backward(i, gradients, weight, last=i == self._last_backward[at.stage])
+            result = Output(*wire.flatten(found[0] if len(found) == 1 else found))
+        if at.stage > 0:
+            self._keep(Kind.BACKWARD, at.stage, i, result, self.plan.placement.owner(at.stage - 1))
+
+    def _keep(self, kind: Kind, stage: int, microbatch: int, result: Output | None, owner: int) -> None:
+        """Keeps a result for its SEND, or as a message for another stage of this rank."""
+        kept: Any = result
+        if owner == self.transport.rank:
+            kept = _hand_over(result, self._rows, training=not self.plan.forward_only)
+        self._local[kind, stage, microbatch] = kept
+
+    def _send_forward(self, at: Instruction) -> None:
+        self._send(at, Kind.FORWARD)
+
+    def _send_backward(self, at: Instruction) -> None:
+        self._send(at, Kind.BACKWARD)
+
+    def _send(self, at: Instruction, kind: Kind) -> None:
+        result: Output | None = self._local.pop((kind, at.stage, at.microbatch))
+        outlet = self.transport.outlet(at.peer)
+        if result is None:
+            outlet.send_empty(kind, at.stage, at.microbatch, self._rows)
+        else:
+            outlet.send(kind, at.stage, at.microbatch, self._rows, result.leaves, result.spec)
+
+    def _reduce(self, at: Instruction) -> None:
+        reducer = self._stages[at.stage].reducer
+        if reducer is not None:
+            reducer.finish()
+
+    # --- failure ------------------------------------------------------------------------------------------------------
+
+    def _fail(self, error: BaseException, at: Instruction | None) -> NoReturn:
+        """Tells the other ranks, cleans up, and raises: this rank's own exception, or another rank's as PipelineError."""
+        for stage in self._stages.values():
+            if stage.reducer is not None:
+                stage.reducer.cancel()
+        grid = ""
+        if at is not None:
+            mark = (self.transport.rank, at.index)
+            grid = f"the step's plan, this rank's position marked:\n{self.plan.to_text(mark=mark, window=4)}"
+        action = "the step's begin or end" if at is None else _name(at)
+        raise_failure(self.transport, error, action, grid)
+
+
+def raise_failure(transport: Transport, error: BaseException, action: str, note: str = "") -> NoReturn:
+    """Ends a step that cannot go on: every rank is told, and this one raises.
+
+    Args:
+        transport: This rank's transport; starts a new epoch.
+        error: What was caught.
+        action: What this rank was doing.
+        note: Added to the exception that is raised.
+
+    Raises:
+        PipelineError: Another rank's failure.
+        BaseException: `error` itself, if it is this rank's own.
+    """
+    report: FailureReport | None = None
+    if isinstance(error, RemoteFailure):
+        report = error.report
+    elif isinstance(error, ConnectionLost):
+        report = transport.find_report() or FailureReport(
+            error.peer, -1, "an unknown action", "it closed its connection without a word: killed, or ended early", ""
+        )
+    own = report is None
+    if report is None:
+        report = FailureReport.of(error, rank=transport.rank, global_rank=transport.global_rank, action=action)
+        transport.publish(report)
+    transport.abort(report)
+    raised: BaseException = error if own else report.as_error()
+    if note and hasattr(raised, "add_note"):
+        raised.add_note(note)
+    if own:
+        raise raised
+    raise raised from (error.__cause__ if isinstance(error, ConnectionLost) else None)
+
+
+def _name(at: Instruction) -> str:
+    return f"{at.stage}{at.op.value}{at.microbatch if at.microbatch >= 0 else ''}"
+
+
+def _detached(output: Any) -> Any:
+    return output.detach() if isinstance(output, Tensor) else None
+
+
+def _gradient_list(message: Message) -> list[Tensor | None]:
+    layout = message.layout
+    assert layout is not None
+    tree = layout.tree(message.tensors)
+    return tree if isinstance(tree, list) else [tree]
+
+
+def _hand_over(result: Output | None, rows: int, *, training: bool) -> Message:
+    """A result as the message that the next stage of this rank would have received."""
+    if result is None:
+        return Message(None, [], rows)
+    keys = tuple(wire.leaf_key(leaf, training=training) for leaf in result.leaves)
+    tensors = [leaf.detach() for leaf in result.leaves if isinstance(leaf, Tensor)]
+    return Message(Layout(result.spec, keys), tensors, rows)

@@ -1,0 +1,170 @@
+"""A plan, resolved for one rank: everything that does not change between steps is looked up once, here.
+
+    plan.actions[rank]  ->  instructions (who is at the other end, what may be forgotten)  +  edges
+
+Pure: no tensor, no transport. The executor walks the instructions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from torchdistpackage.runtime.message import Kind
+from torchdistpackage.schedule import Action, Op, Plan
+
+__all__ = ["Instruction", "Program", "compile_program"]
+
+Key = tuple[int, int, int]  # kind, the sender's stage, micro-batch
+
+_BACKWARD_OPS = (Op.BACKWARD, Op.INPUT_GRAD)
+
+
+class Instruction(NamedTuple):
+    """One action with all that is known of it.
+
+    Attributes:
+        op: What to do.
+        stage: Global stage index.
+        microbatch: Which micro-batch; -1 for `REDUCE_GRAD`.
+        peer: The rank at the other end: of a send or receive, and for compute the rank that the input comes from
+            (this rank itself for a hand-over, -1 where nothing comes in).
+        proves: Messages (receiver, key) of this rank that have been taken by the time this input has arrived.
+        index: Position in the rank's action list, for the marked grid.
+    """
+
+    op: Op
+    stage: int
+    microbatch: int
+    peer: int
+    proves: tuple[tuple[int, Key], ...]
+    index: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one rank does in a step.
+
+    Attributes:
+        instructions: In order.
+        receivers: Ranks that this rank sends to.
+        senders: Ranks that this rank receives from.
+        credit_from: Receivers that the plan gives nothing to send back; they confirm at the end of the step.
+        credit_to: Senders that wait for such a confirmation.
+        backwards: For each local stage its micro-batches in the order of their backward.
+    """
+
+    instructions: tuple[Instruction, ...]
+    receivers: tuple[int, ...]
+    senders: tuple[int, ...]
+    credit_from: tuple[int, ...]
+    credit_to: tuple[int, ...]
+    backwards: dict[int, tuple[int, ...]]
+
+
+@lru_cache(maxsize=64)
+def compile_program(plan: Plan, rank: int, receives_ahead: int) -> Program:
+    """Resolves a plan with communication for one rank.
+
+    Args:
+        plan: Verified, with communication.
+        rank: Whose part.
+        receives_ahead: How many compute actions before its place in the plan a receive is posted. Posting does not
+            wait, so that moving it forward cannot make a proved plan hang.
+    """
+    row = plan.actions[rank]
+    order = _hoist_receives(row, receives_ahead)
+    proofs = _proofs(plan, rank)
+    instructions = tuple(
+        Instruction(
+            action.op,
+            action.stage,
+            -1 if action.microbatch is None else action.microbatch,
+            _peer(plan, action),
+            proofs.get(action, ()),
+            index,
+        )
+        for index, action in order
+    )
+    sends, receives = _edges(plan)
+    receivers, senders = sends[rank], receives[rank]
+    return Program(
+        instructions,
+        tuple(sorted(receivers)),
+        tuple(sorted(senders)),
+        tuple(sorted(receivers - senders)),
+        tuple(sorted(senders - receivers)),
+        {
+            stage: tuple(a.microbatch for a in row if a.stage == stage and a.op is Op.BACKWARD if a.microbatch is not None)
+            for stage in plan.placement.local_stages(rank)
+        },
+    )
+
+
+def _hoist_receives(row: tuple[Action, ...], ahead: int) -> list[tuple[int, Action]]:
+    """Moves each receive in front of the compute action `ahead` places before the one that it stands at."""
+    slots: list[list[tuple[int, Action]]] = [[]]  # slot c: receives, then what belongs to compute action c
+    receives: list[list[tuple[int, Action]]] = [[]]
+    for index, action in enumerate(row):
+        if action.op in (Op.RECV_F, Op.RECV_B):
+            receives[max(0, len(slots) - 1 - ahead)].append((index, action))
+            continue
+        slots[-1].append((index, action))
+        if action.op.is_compute:
+            slots.append([])
+            receives.append([])
+    return [cell for early, slot in zip(receives, slots, strict=True) for cell in (*early, *slot)]
+
+
+def _peer(plan: Plan, action: Action) -> int:
+    owners, stage = plan.placement.owners, action.stage
+    if action.op in (Op.FORWARD, Op.RECV_F, Op.SEND_B):
+        return owners[stage - 1] if stage > 0 else -1
+    if action.op in (*_BACKWARD_OPS, Op.RECV_B, Op.SEND_F):
+        return owners[stage + 1] if stage + 1 < len(owners) else -1
+    return -1
+
+
+def _edges(plan: Plan) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+    sends: dict[int, set[int]] = defaultdict(set)
+    receives: dict[int, set[int]] = defaultdict(set)
+    for rank, row in enumerate(plan.actions):
+        for action in row:
+            if action.op in (Op.SEND_F, Op.SEND_B):
+                sends[rank].add(_peer(plan, action))
+                receives[_peer(plan, action)].add(rank)
+    return sends, receives
+
+
+def _proofs(plan: Plan, rank: int) -> dict[Action, tuple[tuple[int, Key], ...]]:
+    """For each compute action of the rank: which of its own messages the arrival of the input proves taken.
+
+    ::
+
+        rank 0   0SEND_F0 ------\\                    /--> 0B0: its input was sent after 1F0 had taken 0SEND_F0
+        rank 1                   1F0   1B0  1SEND_B0
+    """
+    proofs: dict[Action, list[tuple[int, Key]]] = defaultdict(list)
+    _, receives = _edges(plan)
+    for peer in receives[rank]:
+        unproven: list[tuple[int, Key]] = []
+        for action in plan.actions[peer]:
+            came_from = _peer(plan, action)
+            if action.op is Op.FORWARD and came_from == rank:
+                unproven.append((peer, (int(Kind.FORWARD), action.stage - 1, action.microbatch or 0)))
+            elif action.op in _BACKWARD_OPS and came_from == rank:
+                unproven.append((peer, (int(Kind.BACKWARD), action.stage + 1, action.microbatch or 0)))
+            elif action.op in (Op.SEND_F, Op.SEND_B) and came_from == rank and unproven:
+                proofs[_use(plan, action)].extend(unproven)
+                unproven = []
+    return {action: tuple(keys) for action, keys in proofs.items()}
+
+
+def _use(plan: Plan, send: Action) -> Action:
+    """The compute action that takes what was sent."""
+    if send.op is Op.SEND_F:
+        return Action(send.stage + 1, Op.FORWARD, send.microbatch)
+    whole = Action(send.stage - 1, Op.BACKWARD, send.microbatch)
+    return whole if whole in plan.actions[plan.placement.owner(send.stage - 1)] else whole._replace(op=Op.INPUT_GRAD)

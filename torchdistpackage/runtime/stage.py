@@ -1,0 +1,184 @@
+"""A stage at run time: the user's function, and for each micro-batch what its backward will need.
+
+Knows autograd, knows no rank: what comes in and goes out are messages, who carries them is the executor's business.
+
+::
+
+    message -> leaves -> fwd_fn(argument) -> output           saved[i] = leaves, roots
+    gradients of the roots -> backward -> gradients of the leaves     saved[i] is taken
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, final
+
+from torch import Tensor
+from torch.utils._pytree import TreeSpec
+
+from torchdistpackage.errors import PipelineError
+from torchdistpackage.runtime.backward import (
+    BackwardFn,
+    backward_from_gradients,
+    backward_from_loss,
+    differentiable_alias,
+)
+from torchdistpackage.runtime.message import Message, flatten
+
+__all__ = ["ForwardFn", "GradientReducer", "Output", "Stage"]
+
+ForwardFn = Callable[[Any], Any]
+
+
+class GradientReducer(Protocol):
+    """Reduces a stage's gradients over its data-parallel replicas, once a step; handed in by `parallel/`."""
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Surrounds the first forward of the step: finds what has to be reduced and keeps it quiet until `arm`."""
+
+    def arm(self, output: Any) -> None:
+        """Comes right before the last backward of the step, so that reduction overlaps with it."""
+
+    def finish(self) -> None:
+        """Comes after the last backward: returns when the gradients are reduced."""
+
+    def cancel(self) -> None:
+        """Comes after a failure: leaves the user's modules as they were."""
+
+
+class Output(NamedTuple):
+    """What a forward returned, flattened once."""
+
+    leaves: list[Any]
+    spec: TreeSpec | None
+
+
+class _Saved(NamedTuple):
+    """What the backward of one micro-batch needs."""
+
+    leaves: list[Tensor]
+    roots: list[Tensor]
+    output: Any
+
+
+@final
+class Stage:
+    """One chunk of the model on this rank.
+
+    Args:
+        index: Global index of the stage.
+        num_stages: How many stages the model has.
+    """
+
+    def __init__(self, index: int, num_stages: int) -> None:
+        self.index = index
+        self.is_last = index == num_stages - 1
+        self._saved: dict[int, _Saved] = {}
+
+    def begin_step(
+        self, forward_fn: ForwardFn, backward_fn: BackwardFn | None, reducer: GradientReducer | None, *, training: bool
+    ) -> None:
+        """Takes the user's functions for this step; what a failed step left behind is dropped."""
+        self._forward_fn, self._backward_fn, self._training = forward_fn, backward_fn, training
+        self.reducer = reducer if training else None
+        self._watched = False
+        self._saved.clear()
+
+    def forward(self, microbatch: int, message: Message | None, own: list[Any], *, only: bool) -> Any:
+        """Runs the user's function on one micro-batch.
+
+        Args:
+            microbatch: Which one.
+            message: From the stage before; None on the first stage.
+            own: This stage's slices of its own inputs.
+            only: Whether this is the one micro-batch of the step that has rows: data-parallel wrappers then work as
+                they are.
+
+        Returns:
+            What the function returned.
+
+        Raises:
+            PipelineError: The output cannot pass a gradient on to the input.
+        """
+        leaves: list[Tensor] = []
+        arguments = own if message is None else [*_received(message, leaves), *own]
+        argument = arguments[0] if len(arguments) == 1 else arguments
+        if self.reducer is not None and not self._watched and not only:
+            self._watched = True
+            with self.reducer.watch():
+                output = self._forward_fn(argument)
+        else:
+            output = self._forward_fn(argument)
+        if self._training:
+            self._saved[microbatch] = _Saved(leaves, [], output)
+        return output
+
+    def flatten(self, microbatch: int, output: Any) -> Output:
+        """Flattens an output that goes on to the next stage, and notes which of its tensors want a gradient."""
+        leaves, spec = flatten(output)
+        if self._training:
+            saved = self._saved[microbatch]
+            saved.roots.extend(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
+            if saved.leaves and not saved.roots:
+                raise PipelineError(
+                    f"stage {self.index} received tensors that require gradients but returned none that does: the "
+                    "stages before it would never be trained. Does it detach its input or run under torch.no_grad()? "
+                    "If that is meant, detach the output of the stage before, or freeze its parameters"
+                )
+        return Output(leaves, spec)
+
+    def backward(
+        self, microbatch: int, gradients: list[Tensor | None] | None, weight: float, *, last: bool
+    ) -> list[Tensor | None]:
+        """Runs the backward of one micro-batch.
+
+        Args:
+            microbatch: Which one; its forward has run.
+            gradients: Gradients of the tensors that were sent on; None on the last stage.
+            weight: What the micro-batch counts in the loss.
+            last: Whether no further backward of this stage follows in the step.
+
+        Returns:
+            Gradients of the tensors that were received, in their order.
+
+        Raises:
+            PipelineError: No gradient reached the input.
+        """
+        leaves, roots, output = self._saved.pop(microbatch)
+        if last and self._watched and self.reducer is not None:
+            self.reducer.arm(output)
+        if self.is_last:
+            backward_from_loss(output, weight, self._backward_fn)
+        elif roots:
+            assert gradients is not None and len(gradients) == len(roots)
+            backward_from_gradients(output, roots, gradients, self._backward_fn)
+        if not leaves:
+            return []
+        result = [leaf.grad for leaf in leaves]
+        if all(gradient is None for gradient in result):
+            raise PipelineError(
+                f"the backward of stage {self.index} gave its input no gradient: the stages before it would never be "
+                "trained. Does the stage detach its input? If that is meant, detach the output of the stage before, "
+                "or freeze its parameters"
+            )
+        return result
+
+
+def _received(message: Message, leaves: list[Tensor]) -> list[Any]:
+    """The arguments that a message stands for; tensors that want a gradient are added to `leaves`.
+
+    A list or tuple is spread into several arguments; anything else, a dict or a named tuple too, is one.
+    """
+    layout, tensors, _ = message
+    assert layout is not None
+    arguments = []
+    for about, tensor in zip(layout.tensors, tensors, strict=True):
+        if about.requires_grad:
+            leaves.append(tensor.requires_grad_())
+            tensor = differentiable_alias(tensor)
+        arguments.append(tensor)
+    if layout.spec is None:
+        return arguments
+    tree = layout.tree(arguments)
+    return list(tree) if type(tree) in (list, tuple) else [tree]

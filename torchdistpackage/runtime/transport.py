@@ -1,0 +1,147 @@
+"""Moves bytes between the ranks of one pipeline: the seam under which torch.distributed can be exchanged.
+
+A transport knows ranks and buffers, nothing else: structure, layouts and failures are `edge.py`'s. All frames from one
+rank to another form one stream, in the order in which they were sent; that is what a NCCL communicator and a TCP
+connection are anyway, and it is why one failure frame is enough to end any wait.
+
+Neighbours: `p2p.py` (torch.distributed) and `loopback.py` (all ranks as threads of one process) are its two children.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torchdistpackage.runtime.edge import Inlet, Outlet
+from torchdistpackage.runtime.failure import FailureReport
+from torchdistpackage.runtime.message import Kind
+
+__all__ = ["Handle", "TensorShard", "Transport"]
+
+
+class Handle(Protocol):
+    """A send or receive under way."""
+
+    def wait(self) -> object:
+        """Blocks until the buffer may be read (receive) or written (send)."""
+
+
+class TensorShard(Protocol):
+    """The tensor-parallel group through which frames are scattered and gathered."""
+
+    rank: int
+    size: int
+
+    def gather(self, full: Tensor, own: Tensor) -> None:
+        """Fills `full` (size x len(own) bytes) with the slices of all ranks."""
+
+
+class Transport(ABC):
+    """One rank's view of a pipeline group.
+
+    Attributes:
+        rank: This rank in the pipeline group.
+        num_ranks: p.
+        global_rank: This rank in the world, for messages to people.
+        device: Where received CUDA tensors are put.
+        receives_ahead: How many compute actions ahead of its use a receive is posted.
+        epoch: Counts failures; frames of different epochs never meet.
+    """
+
+    receives_ahead = 1
+
+    def __init__(self, rank: int, num_ranks: int, *, global_rank: int, device: torch.device) -> None:
+        self.rank, self.num_ranks, self.global_rank, self.device = rank, num_ranks, global_rank, device
+        self.epoch = 0
+        self.signature = ""
+        self.training = True
+        self.wire_dtype: torch.dtype | None = None
+        self.shard: TensorShard | None = None
+        self._outlets: dict[int, Outlet] = {}
+        self._inlets: dict[int, Inlet] = {}
+        self._abandoned: list[object] = []  # sends that nobody may ever take; freed memory must not be read by them
+
+    @abstractmethod
+    def send(self, buffer: Tensor, receiver: int, *, bulk: bool = False) -> Handle:
+        """Starts sending a 1-D uint8 buffer; bulk is the second stream of an edge, for payloads that spill."""
+
+    @abstractmethod
+    def receive(self, buffer: Tensor, sender: int, *, bulk: bool = False) -> Handle:
+        """Starts receiving into a 1-D uint8 buffer, which may be longer than the message."""
+
+    @abstractmethod
+    def carries_cuda(self) -> bool:
+        """Whether bulk buffers may live on a CUDA device (NCCL); otherwise CUDA tensors are staged through the host."""
+
+    @abstractmethod
+    def publish(self, report: FailureReport) -> None:
+        """Leaves a report where ranks that lost their connection can find it."""
+
+    @abstractmethod
+    def find_report(self) -> FailureReport | None:
+        """Looks for a report of this epoch, after a connection broke; may wait a moment for it."""
+
+    def outlet(self, receiver: int) -> Outlet:
+        """The sending end of the edge to another rank."""
+        outlet = self._outlets.get(receiver)
+        if outlet is None:
+            outlet = self._outlets[receiver] = Outlet(self, receiver)
+            outlet.begin_step()
+        return outlet
+
+    def inlet(self, sender: int) -> Inlet:
+        """The receiving end of the edge from another rank."""
+        inlet = self._inlets.get(sender)
+        if inlet is None:
+            inlet = self._inlets[sender] = Inlet(self, sender)
+            inlet.begin_step()
+        return inlet
+
+    def begin_step(
+        self,
+        signature: str,
+        *,
+        training: bool,
+        wire_dtype: torch.dtype | None = None,
+        shard: TensorShard | None = None,
+    ) -> None:
+        """Says what this rank is about to do; every frame carries the signature's checksum."""
+        self.signature, self.training, self.wire_dtype, self.shard = signature, training, wire_dtype, shard
+        for outlet in self._outlets.values():
+            outlet.begin_step()
+        for inlet in self._inlets.values():
+            inlet.begin_step()
+
+    def exchange_credit(self, receivers: list[int], senders: list[int]) -> None:
+        """Tells `senders` that all of their frames were taken, and waits until `receivers` say the same.
+
+        Only for edges on which the plan sends nothing back (evaluation): with it every wait of a step is a wait for a
+        message, and no rank runs more than a step ahead.
+        """
+        for sender in senders:
+            self.outlet(sender).send_empty(Kind.CREDIT, 0, 0, 0)
+        for receiver in receivers:
+            self.inlet(receiver).take(Kind.CREDIT, 0, 0)
+
+    def end_step(self) -> None:
+        """Lets go of all frames that the other side has provably taken."""
+        for peer, outlet in self._outlets.items():
+            inlet = self._inlets.get(peer)
+            outlet.end_step(heard=inlet is not None and inlet.took_in_step)
+
+    def abort(self, report: FailureReport) -> None:
+        """Tells every neighbour, forgets all edges, and starts a new epoch, in which the next step is clean."""
+        neighbours = {(self.rank - 1) % self.num_ranks, (self.rank + 1) % self.num_ranks} - {self.rank}
+        for peer in neighbours | self._outlets.keys() | self._inlets.keys():
+            outlet = self.outlet(peer)
+            try:
+                outlet.send_failure(report)
+            except RuntimeError:
+                continue  # that rank is gone: whoever still waits for it has been told by its closed connection
+            self._abandoned.append(outlet)
+        self._abandoned.extend(self._inlets.values())
+        self._outlets, self._inlets = {}, {}
+        self.epoch += 1

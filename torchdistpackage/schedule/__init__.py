@@ -1,0 +1,26 @@
+"""THE PLAN: schedules as data. Plain Python; this room never imports torch.
+
+    recipe (compute order) -> lowering (messages, reductions) -> verify (proof) -> runtime, pictures, files
+"""
+
+from torchdistpackage.schedule.action import Action, Op
+from torchdistpackage.schedule.lowering import add_communication, add_reduce_grad, forward_only
+from torchdistpackage.schedule.placement import Placement
+from torchdistpackage.schedule.plan import Plan
+from torchdistpackage.schedule.registry import build, canonical_name, names
+from torchdistpackage.schedule.verify import peak_activations, verify
+
+__all__ = [
+    "Action",
+    "Op",
+    "Placement",
+    "Plan",
+    "add_communication",
+    "add_reduce_grad",
+    "build",
+    "canonical_name",
+    "forward_only",
+    "names",
+    "peak_activations",
+    "verify",
+]
