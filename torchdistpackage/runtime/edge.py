@@ -80,7 +80,6 @@ class Outlet:
         self._known: dict[Any, list[_Known]] = {}
         self._count = 0
         self._under_way: dict[Key, _Sent] = {}
-        self._last_step: list[_Sent] = []
         self._signature = 0
         self._told: set[int] = set()  # signatures whose text the other side has
 
@@ -136,7 +135,7 @@ class Outlet:
             self._longest = length
 
     def send_empty(self, kind: Kind, stage: int, microbatch: int, rows: int) -> None:
-        """Sends a header alone: an empty micro-batch, or a credit."""
+        """Sends a header alone: an empty micro-batch, or a token."""
         description = self._description(None)
         header = Header(kind, wire.EMPTY, self._signature, stage, microbatch, rows, 0, len(description), 0)
         self._under_way[kind, stage, microbatch] = self._send_spilled(header, description, None, None, None)
@@ -147,7 +146,7 @@ class Outlet:
         buffer = torch.zeros(ALIGNMENT + len(text), dtype=torch.uint8)
         wire.write_header(buffer.numpy(), Header(Kind.FAILURE, 0, 0, 0, 0, 0, 0, 0, len(text)))
         buffer[ALIGNMENT:] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self._last_step.append(_Sent([self._start(buffer)], [buffer], None, None))
+        self._under_way[Kind.FAILURE, 0, 0] = _Sent([self._start(buffer)], [buffer], None, None)
 
     def release(self, key: Key) -> None:
         """Takes back the memory of a message that the other side has provably taken."""
@@ -155,17 +154,10 @@ class Outlet:
         if sent is not None:
             sent.take_back()
 
-    def end_step(self, *, heard: bool) -> None:
-        """Ends the step.
-
-        Args:
-            heard: The other rank sent something in this step, so it has taken all of the last step's messages.
-        """
-        if heard:
-            for sent in self._last_step:
-                sent.take_back()
-            self._last_step = []
-        self._last_step.extend(self._under_way.values())
+    def release_all(self) -> None:
+        """Takes back the memory of all messages: the step is over on every rank."""
+        for sent in self._under_way.values():
+            sent.take_back()
         self._under_way = {}
 
     def _find(self, leaves: list[Any], spec: Any) -> tuple[_Known, bool]:
@@ -239,13 +231,11 @@ class Inlet:
         self._layouts: dict[int, Layout] = {}
         self._signature = 0
         self._texts: dict[int, str] = {}
-        self.took_in_step = False
 
     def begin_step(self) -> None:
         """Adopts the slot length that the earlier frames ask for, and the signature of this step."""
         self._slot = self._longest
         self._signature = zlib.crc32(self._transport.signature.encode())
-        self.took_in_step = False
 
     def post(self) -> None:
         """Starts receiving the next message of the edge, whichever it is."""
@@ -270,10 +260,6 @@ class Inlet:
             self._receive_next()
         return self._mail.pop(key)
 
-    def unclaimed(self) -> list[Key]:
-        """Messages that nobody asked for."""
-        return list(self._mail)
-
     def _receive_next(self) -> None:
         if not self._posted:
             self.post()
@@ -291,7 +277,6 @@ class Inlet:
                 f"ranks disagree about the step: rank {self._transport.rank} runs {self._transport.signature}, but "
                 f"rank {self._sender} runs {theirs}. Call forward_backward with the same arguments on every rank"
             )
-        self.took_in_step = True
         key = (header.kind, header.stage, header.microbatch)
         if header.flags & wire.EMPTY:
             self._mail[key] = Message(None, [], header.rows)

@@ -152,7 +152,6 @@ class Executor:
             at = None
             if around is not None:
                 around.end_step(self.transport)
-            self.transport.exchange_credit(list(self._program.credit_from), list(self._program.credit_to))
             self._end()
         except BaseException as error:
             if around is not None:
@@ -200,11 +199,13 @@ class Executor:
         self._filled = min(rows, self.plan.num_microbatches)
         self._sizes = microbatch_sizes(rows, self.plan.num_microbatches)
         self._last_backward = {
-            stage: [i for i in order if i < self._filled][-1] for stage, order in self._program.backwards.items() if order
+            stage: [i for i in order if i < self._filled][-1]
+            for stage, order in self._program.backwards.items()
+            if order
         }
 
     def _end(self) -> None:
-        self.transport.end_step()
+        self.transport.finish_step(self._program.token_from, self._program.token_to)
         if self._local:
             raise TransportError(f"the step ended with results that nobody took: {sorted(self._local)}")
 
@@ -289,13 +290,13 @@ class Executor:
     # --- failure ------------------------------------------------------------------------------------------------------
 
     def _fail(self, error: BaseException, at: Instruction | None) -> NoReturn:
-        """Tells the other ranks, cleans up, and raises: this rank's own exception, or another rank's as PipelineError."""
+        """Tells the other ranks, cleans up, and raises what is this rank's to raise."""
         for stage in self._stages.values():
             if stage.reducer is not None:
                 stage.reducer.cancel()
         grid = ""
         if at is not None:
-            mark = (self.transport.rank, at.index)
+            mark = (self.transport.rank, at.position)
             grid = f"the step's plan, this rank's position marked:\n{self.plan.to_text(mark=mark, window=4)}"
         action = "the step's begin or end" if at is None else _name(at)
         raise_failure(self.transport, error, action, grid)

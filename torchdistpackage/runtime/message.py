@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Kind(enum.IntEnum):
 
     FORWARD = 0
     BACKWARD = 1
-    CREDIT = 2  # "I took all that you sent in this step": the way back where a plan sends nothing back
+    DONE = 2  # the step is over, see `transport.finish_step`
     VALUE = 3  # outside of the plan: the loss, a tied gradient
     FAILURE = 4  # the sender has failed; the rest of the frame says why
 
@@ -257,8 +257,8 @@ def leaf_key(leaf: Any, *, training: bool) -> Leaf:
     if isinstance(leaf, Tensor):
         if leaf.layout is not torch.strided or leaf.is_quantized or hasattr(leaf, "to_local"):
             raise TransportError(
-                f"a stage returned a {type(leaf).__name__} with layout {leaf.layout}; only dense tensors travel between "
-                "stages: convert it first (to_dense(), dequantize(), to_local())"
+                f"a stage returned a {type(leaf).__name__} with layout {leaf.layout}; only dense tensors travel "
+                "between stages: convert it first (to_dense(), dequantize(), to_local())"
             )
         grad = training and leaf.requires_grad
         return TensorLayout(leaf.shape, leaf.stride(), leaf.dtype, grad, leaf.is_cuda)
@@ -303,7 +303,14 @@ def _dtype_from_name(name: str) -> torch.dtype:
 
 def _leaf_to_json(leaf: Leaf) -> Any:
     if isinstance(leaf, TensorLayout):
-        return ["tensor", list(leaf.shape), list(leaf.stride), _dtype_name(leaf.dtype), leaf.requires_grad, leaf.is_cuda]
+        return [
+            "tensor",
+            list(leaf.shape),
+            list(leaf.stride),
+            _dtype_name(leaf.dtype),
+            leaf.requires_grad,
+            leaf.is_cuda,
+        ]
     kind, value = leaf
     if kind is bytes:
         return ["bytes", value.hex()]
@@ -321,7 +328,7 @@ def _leaf_from_json(data: Any) -> Leaf:
     if kind == "tensor":
         shape, stride, dtype, requires_grad, is_cuda = rest
         return TensorLayout(tuple(shape), tuple(stride), _dtype_from_name(dtype), requires_grad, is_cuda)
-    readers = {
+    readers: dict[str, Callable[..., Any]] = {
         "bytes": lambda text: bytes.fromhex(text),
         "complex": lambda real, imag: complex(real, imag),
         "dtype": _dtype_from_name,

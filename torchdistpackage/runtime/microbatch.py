@@ -84,7 +84,7 @@ def slice_inputs(inputs: Any, num_microbatches: int) -> Slices:
         raise PipelineError("inputs have 0 rows: a step needs at least one")
     sizes = microbatch_sizes(rows, num_microbatches)
     columns = [
-        leaf.split(sizes) if isinstance(leaf, Tensor) and leaf.dim() > 0 else [leaf] * num_microbatches
+        torch.split(leaf, sizes) if isinstance(leaf, Tensor) and leaf.dim() > 0 else [leaf] * num_microbatches
         for leaf in leaves
     ]
     return Slices(rows, [pytree.tree_unflatten(list(row), spec) for row in zip(*columns, strict=True)])

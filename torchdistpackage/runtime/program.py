@@ -32,7 +32,7 @@ class Instruction(NamedTuple):
         peer: The rank at the other end: of a send or receive, and for compute the rank that the input comes from
             (this rank itself for a hand-over, -1 where nothing comes in).
         proves: Messages (receiver, key) of this rank that have been taken by the time this input has arrived.
-        index: Position in the rank's action list, for the marked grid.
+        position: Place in the rank's action list, for the marked grid.
     """
 
     op: Op
@@ -40,7 +40,7 @@ class Instruction(NamedTuple):
     microbatch: int
     peer: int
     proves: tuple[tuple[int, Key], ...]
-    index: int
+    position: int
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,14 @@ class Program:
 
     Attributes:
         instructions: In order.
-        receivers: Ranks that this rank sends to.
-        senders: Ranks that this rank receives from.
-        credit_from: Receivers that the plan gives nothing to send back; they confirm at the end of the step.
-        credit_to: Senders that wait for such a confirmation.
+        token_from: The rank that passes the token of the step's end to this one; None where it starts.
+        token_to: The rank that this one passes it to; None where it ends.
         backwards: For each local stage its micro-batches in the order of their backward.
     """
 
     instructions: tuple[Instruction, ...]
-    receivers: tuple[int, ...]
-    senders: tuple[int, ...]
-    credit_from: tuple[int, ...]
-    credit_to: tuple[int, ...]
+    token_from: int | None
+    token_to: int | None
     backwards: dict[int, tuple[int, ...]]
 
 
@@ -88,16 +84,16 @@ def compile_program(plan: Plan, rank: int, receives_ahead: int) -> Program:
         )
         for index, action in order
     )
-    sends, receives = _edges(plan)
-    receivers, senders = sends[rank], receives[rank]
+    way = _token_way(plan)
+    place = way.index(rank)
     return Program(
         instructions,
-        tuple(sorted(receivers)),
-        tuple(sorted(senders)),
-        tuple(sorted(receivers - senders)),
-        tuple(sorted(senders - receivers)),
+        way[place - 1] if place > 0 else None,
+        way[place + 1] if place + 1 < len(way) else None,
         {
-            stage: tuple(a.microbatch for a in row if a.stage == stage and a.op is Op.BACKWARD if a.microbatch is not None)
+            stage: tuple(
+                a.microbatch for a in row if a.stage == stage and a.op is Op.BACKWARD if a.microbatch is not None
+            )
             for stage in plan.placement.local_stages(rank)
         },
     )
@@ -127,19 +123,17 @@ def _peer(plan: Plan, action: Action) -> int:
     return -1
 
 
-def _edges(plan: Plan) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
-    sends: dict[int, set[int]] = defaultdict(set)
-    receives: dict[int, set[int]] = defaultdict(set)
-    for rank, row in enumerate(plan.actions):
-        for action in row:
-            if action.op in (Op.SEND_F, Op.SEND_B):
-                sends[rank].add(_peer(plan, action))
-                receives[_peer(plan, action)].add(rank)
-    return sends, receives
+def _token_way(plan: Plan) -> tuple[int, ...]:
+    """All ranks, from the one that finishes last: the first stage's in training, the last stage's in evaluation.
+
+    Neighbours on the way hold neighbouring stages, so that the token uses connections that are there anyway.
+    """
+    owners = plan.placement.owners
+    return tuple(dict.fromkeys(reversed(owners) if plan.forward_only else owners))
 
 
 def _proofs(plan: Plan, rank: int) -> dict[Action, tuple[tuple[int, Key], ...]]:
-    """For each compute action of the rank: which of its own messages the arrival of the input proves taken.
+    r"""For each compute action of the rank: which of its own messages the arrival of the input proves taken.
 
     ::
 
@@ -147,8 +141,7 @@ def _proofs(plan: Plan, rank: int) -> dict[Action, tuple[tuple[int, Key], ...]]:
         rank 1                   1F0   1B0  1SEND_B0
     """
     proofs: dict[Action, list[tuple[int, Key]]] = defaultdict(list)
-    _, receives = _edges(plan)
-    for peer in receives[rank]:
+    for peer in set(range(plan.placement.num_ranks)) - {rank}:
         unproven: list[tuple[int, Key]] = []
         for action in plan.actions[peer]:
             came_from = _peer(plan, action)

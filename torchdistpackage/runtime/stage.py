@@ -151,7 +151,8 @@ class Stage:
         if self.is_last:
             backward_from_loss(output, weight, self._backward_fn)
         elif roots:
-            assert gradients is not None and len(gradients) == len(roots)
+            assert gradients is not None
+            assert len(gradients) == len(roots)
             backward_from_gradients(output, roots, gradients, self._backward_fn)
         if not leaves:
             return []

@@ -115,22 +115,23 @@ class Transport(ABC):
         for inlet in self._inlets.values():
             inlet.begin_step()
 
-    def exchange_credit(self, receivers: list[int], senders: list[int]) -> None:
-        """Tells `senders` that all of their frames were taken, and waits until `receivers` say the same.
+    def finish_step(self, token_from: int | None, token_to: int | None) -> None:
+        """Ends the step on all ranks together.
 
-        Only for edges on which the plan sends nothing back (evaluation): with it every wait of a step is a wait for a
-        message, and no rank runs more than a step ahead.
+        A token starts at the rank that works longest and passes every rank once it has finished, too. When it comes,
+        all messages of this step have been taken everywhere, so that their memory is free again; and a rank that fails
+        in its last action sends its report in the token's place, so that no rank takes a failed step for a good one.
+
+        Args:
+            token_from: The rank before this one on the token's way; None where it starts.
+            token_to: The rank after this one; None where it ends.
         """
-        for sender in senders:
-            self.outlet(sender).send_empty(Kind.CREDIT, 0, 0, 0)
-        for receiver in receivers:
-            self.inlet(receiver).take(Kind.CREDIT, 0, 0)
-
-    def end_step(self) -> None:
-        """Lets go of all frames that the other side has provably taken."""
-        for peer, outlet in self._outlets.items():
-            inlet = self._inlets.get(peer)
-            outlet.end_step(heard=inlet is not None and inlet.took_in_step)
+        if token_from is not None:
+            self.inlet(token_from).take(Kind.DONE, 0, 0)
+        for outlet in self._outlets.values():
+            outlet.release_all()
+        if token_to is not None:
+            self.outlet(token_to).send_empty(Kind.DONE, 0, 0, 0)
 
     def abort(self, report: FailureReport) -> None:
         """Tells every neighbour, forgets all edges, and starts a new epoch, in which the next step is clean."""

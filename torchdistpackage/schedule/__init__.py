@@ -1,6 +1,6 @@
 """THE PLAN: schedules as data. Plain Python; this room never imports torch.
 
-    recipe (compute order) -> lowering (messages, reductions) -> verify (proof) -> runtime, pictures, files
+recipe (compute order) -> lowering (messages, reductions) -> verify (proof) -> runtime, pictures, files
 """
 
 from torchdistpackage.schedule.action import Action, Op

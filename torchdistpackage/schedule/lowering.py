@@ -53,14 +53,14 @@ def add_reduce_grad(plan: Plan) -> Plan:
 
 
 def add_communication(plan: Plan) -> Plan:
-    """Adds a send behind every action whose result another rank needs, and a receive before every use.
+    r"""Adds a send behind every action whose result another rank needs, and a receive before every use.
 
     Hops between two stages of one rank stay without messages. On each directed edge between two ranks the receives
     stand in the order of the sends, because a NCCL communicator is one FIFO; where the order of use differs, the
     receive of the earlier-sent message moves forward to make room.
 
     Example:
-        >>> print(add_communication(Plan.from_text("0F0 0B0 \\n 1F0 1B0")).to_text())
+        >>> print(add_communication(Plan.from_text("0F0 0B0 \n 1F0 1B0")).to_text())
         rank 0: 0F0 0SEND_F0 0RECV_B0 0B0
         rank 1: 1RECV_F0 1F0 1B0 1SEND_B0
     """

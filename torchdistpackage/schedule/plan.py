@@ -30,7 +30,7 @@ ActionLists = tuple[tuple[Action, ...], ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """Placement plus one action list a rank.
+    r"""Placement plus one action list a rank.
 
     Attributes:
         name: The schedule's name, for people and for the ranks to compare.
@@ -39,7 +39,7 @@ class Plan:
         actions: For every rank, what it does, in order.
 
     Example:
-        >>> plan = Plan.from_text("rank 0: 0F0 0B0\\nrank 1: 1F0 1B0", name="mine")
+        >>> plan = Plan.from_text("rank 0: 0F0 0B0\nrank 1: 1F0 1B0", name="mine")
         >>> plan.num_microbatches, plan.forward_only, plan.placement.owners
         (1, False, (0, 1))
         >>> Plan.from_csv(plan.to_csv(), name="mine") == plan

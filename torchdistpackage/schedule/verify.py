@@ -87,6 +87,8 @@ def _check_complete(plan: Plan) -> None:
                 raise _rejected(plan, rank, index, f"{action} is on rank {rank}, which does not own its stage")
             if action.microbatch is not None and not 0 <= action.microbatch < plan.num_microbatches:
                 raise _rejected(plan, rank, index, f"{action} is outside of the {plan.num_microbatches} micro-batches")
+            if plan.forward_only and action.op is Op.REDUCE_GRAD:
+                raise _rejected(plan, rank, index, f"{action} has no backward before it anywhere in the plan")
             if count[action] > 1:
                 raise _rejected(plan, rank, index, f"{action} stands {count[action]} times in the plan")
     for stage in range(plan.placement.num_stages):
@@ -126,7 +128,7 @@ def _check_edges(plan: Plan) -> None:
         raise ScheduleError(f"{min(needed)} is missing: another rank needs the result")
     for edge in sent.keys() | received.keys():
         if sent[edge] != received[edge]:
-            pairs = zip(sent[edge] + [None], received[edge] + [None], strict=False)  # type: ignore[list-item]
+            pairs = zip(sent[edge] + [None], received[edge] + [None], strict=False)
             first = next(pair for pair in pairs if pair[0] != pair[1])
             raise ScheduleError(
                 f"on the edge from rank {edge[0]} to rank {edge[1]} the sends and the receives differ: the sender is "

@@ -1,0 +1,5 @@
+"""The shim that older installers need; all metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,93 @@
+"""Runs a pipeline on loopback: every rank a thread of this process, the plain loop beside it for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdistpackage.runtime import ChunkWork, Executor, StepResult, loopback
+from torchdistpackage.runtime.microbatch import microbatch_sizes, weighted_sum
+from torchdistpackage.schedule import Plan, build
+
+mse = nn.functional.mse_loss
+
+
+def on_every_rank(num_ranks: int, function: Callable[[int, Any], Any], *, timeout: float = 20.0) -> list[Any]:
+    """Calls function(rank, transport) in a thread for each rank; an exception becomes that rank's result."""
+    transports = loopback(num_ranks, timeout=timeout)
+
+    def guarded(rank: int) -> Any:
+        try:
+            return function(rank, transports[rank])
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(guarded, range(num_ranks)))
+
+
+def run_step(
+    plan: Plan, functions: Sequence[Callable[[Any], Any]], inputs: Sequence[Any], *, steps: int = 1, **options: Any
+) -> list[Any]:
+    """Runs a one-chunk plan; returns each rank's StepResult, or the exception that it raised."""
+
+    def rank_step(rank: int, transport: Any) -> StepResult:
+        executor = Executor(plan, transport)
+        for _ in range(steps):
+            result = executor.run([ChunkWork(functions[rank], inputs=inputs[rank])], **options)
+        return result
+
+    return on_every_rank(plan.placement.num_ranks, rank_step)
+
+
+def stage_functions(stages: Sequence[nn.Module], loss_fn: Callable[[Tensor, Tensor], Tensor] | None = mse) -> list[Any]:
+    """fwd_fn of every stage; the last one computes the loss from its own input, the targets."""
+
+    def forward(stage: nn.Module, last: bool) -> Callable[[Any], Any]:
+        if last and loss_fn is not None:
+            return lambda arguments: loss_fn(stage(arguments[0]), arguments[1])
+        return lambda received: stage(received)
+
+    return [forward(stage, index == len(stages) - 1) for index, stage in enumerate(stages)]
+
+
+def stage_inputs(num_ranks: int, x: Any, y: Any = None) -> list[Any]:
+    """Samples on the first stage, targets on the last."""
+    if num_ranks == 1:
+        return [x if y is None else [x, y]]
+    return [x, *[None] * (num_ranks - 2), y]
+
+
+def plain_loop(
+    model: nn.Module, x: Tensor, y: Tensor, num_microbatches: int, loss_fn: Callable[[Tensor, Tensor], Tensor] = mse
+) -> Tensor:
+    """The loop that a pipelined step must equal, bit for bit: micro-batch after micro-batch, each by its share."""
+    losses, weights, row = [], [], 0
+    for rows in filter(None, microbatch_sizes(len(x), num_microbatches)):
+        loss = loss_fn(model(x[row : row + rows]), y[row : row + rows])
+        (loss * (rows / len(x))).backward()
+        losses.append(loss)
+        weights.append(rows / len(x))
+        row += rows
+    return weighted_sum(losses, weights)
+
+
+def train(name: str, stages: Sequence[nn.Module], x: Any, y: Any, num_microbatches: int, **options: Any) -> Tensor:
+    """One pipelined training step; returns the loss, raises what a rank raised."""
+    plan = build(name, len(stages), num_microbatches)
+    results = run_step(plan, stage_functions(stages), stage_inputs(len(stages), x, y), **options)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return weighted_sum(results[-1].outputs, results[-1].weights)
+
+
+def assert_same_gradients(mine: nn.Module, reference: nn.Module) -> None:
+    """Bitwise."""
+    for (name, p), (_, q) in zip(mine.named_parameters(), reference.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or torch.equal(p.grad, q.grad), f"{name}: {(p.grad - q.grad).abs().max()}"

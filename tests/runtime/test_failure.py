@@ -1,0 +1,156 @@
+import time
+
+import pytest
+import torch
+from loopback_pipeline import mse, on_every_rank, run_step, stage_functions, stage_inputs
+from torch import nn
+
+from torchdistpackage.errors import PipelineError
+from torchdistpackage.runtime import ChunkWork, Executor
+from torchdistpackage.runtime.failure import FailureReport
+from torchdistpackage.schedule import build, names
+
+
+class Planted(Exception):
+    pass
+
+
+def failing(function, at):
+    calls = []
+
+    def forward(arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise Planted("planted failure")
+        return function(arguments)
+
+    return forward
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_every_rank_raises_and_names_the_cause(name, bad, forward_only):
+    stages = [nn.Linear(4, 4) for _ in range(3)]
+    functions = stage_functions(stages, None if forward_only else mse)
+    functions[bad] = failing(functions[bad], at=2)
+    y = None if forward_only else torch.randn(8, 4)
+    began = time.monotonic()
+    plan = build(name, 3, 4, forward_only=forward_only)
+    results = run_step(plan, functions, stage_inputs(3, torch.randn(8, 4), y))
+    assert time.monotonic() - began < 5
+    for rank, result in enumerate(results):
+        assert isinstance(result, Planted if rank == bad else PipelineError), (rank, result)
+        if rank != bad:
+            assert f"rank {bad} of the pipeline (global rank {bad}) failed at {bad}F1: Planted(" in str(result)
+            assert "test_failure.py" in str(result), "the traceback of the other rank"
+        else:
+            assert f">>{bad}F1<<" in "".join(result.__notes__)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_failing_backward(bad):
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise Planted("in backward")
+
+    stages = [nn.Linear(4, 4) for _ in range(3)]
+    functions = stage_functions(stages)
+    good = functions[bad]
+    functions[bad] = lambda arguments: Bad.apply(good(arguments))
+    results = run_step(build("1f1b", 3, 4), functions, stage_inputs(3, torch.randn(8, 4), torch.randn(8, 4)))
+    assert [type(result) for result in results] == [Planted if rank == bad else PipelineError for rank in range(3)]
+    assert all(f"failed at {bad}B0" in str(result) for rank, result in enumerate(results) if rank != bad)
+
+
+def test_the_same_objects_run_the_next_step():
+    stages = [nn.Linear(4, 4) for _ in range(3)]
+    x, y = torch.randn(8, 4), torch.randn(8, 4)
+    plan = build("1f1b", 3, 4)
+    outcomes = []
+
+    def rank_steps(rank, transport):
+        executor, functions = Executor(plan, transport), stage_functions(stages)
+        mine = [functions[rank], failing(functions[rank], at=3) if rank == 1 else functions[rank], functions[rank]]
+        for number, function in enumerate(mine):
+            try:
+                executor.run([ChunkWork(function, inputs=stage_inputs(3, x, y)[rank])])
+                outcomes.append((number, "ok"))
+            except (Planted, PipelineError):
+                outcomes.append((number, "raised"))
+
+    assert on_every_rank(3, rank_steps) == [None] * 3
+    assert sorted(outcomes) == [(0, "ok")] * 3 + [(1, "raised")] * 3 + [(2, "ok")] * 3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ([None, None, torch.randn(4, 4)], "the first stage got no input"),
+        ([torch.randn(0, 4), None, torch.randn(4, 4)], "inputs have 0 rows"),
+        ([torch.randn(4, 4), None, torch.randn(5, 4)], "4 rows on the first stage, but the inputs of stage 2"),
+        ([[torch.randn(4, 4), torch.randn(3)], None, torch.randn(4, 4)], "must have the same number of rows"),
+    ],
+)
+def test_wrong_inputs_are_one_clear_error_on_every_rank(inputs, reason):
+    stages = [nn.Linear(4, 4) for _ in range(3)]
+    results = run_step(build("1f1b", 3, 2), stage_functions(stages), inputs)
+    assert all(isinstance(result, PipelineError) and reason in str(result) for result in results), results
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [
+        [("1f1b", 4, False), ("1f1b", 8, False), ("1f1b", 4, False)],
+        [("1f1b", 4, False), ("1f1b", 4, False), ("gpipe", 4, False)],
+        [("1f1b", 4, True), ("1f1b", 4, True), ("1f1b", 4, False)],
+        [("gpipe", 4, True), ("gpipe", 4, False), ("gpipe", 4, False)],
+        [("gpipe", 2, True), ("gpipe", 6, True), ("gpipe", 2, True)],
+    ],
+)
+def test_ranks_that_disagree_about_the_plan_all_raise(plans):
+    stages = [nn.Linear(4, 4) for _ in range(3)]
+    x, y = torch.randn(8, 4), torch.randn(8, 4)
+
+    def rank_step(rank, transport):
+        name, m, forward_only = plans[rank]
+        plan = build(name, 3, m, forward_only=forward_only)
+        executor = Executor(plan, transport)
+        function = stage_functions(stages)[rank]
+        return executor.run([ChunkWork(function, inputs=stage_inputs(3, x, y)[rank])])
+
+    results = on_every_rank(3, rank_step, timeout=5)
+    assert all(isinstance(result, PipelineError) for result in results), results
+    assert all("ranks disagree about the step" in str(result) for result in results), results
+
+
+def test_a_report_fits_into_the_smallest_frame():
+    try:
+        raise ValueError("x" * 10_000)
+    except ValueError as error:
+        report = FailureReport.of(error, rank=1, global_rank=5, action="2F0")
+    data = report.to_bytes()
+    assert len(data) <= 3584
+    assert FailureReport.from_bytes(data).action == "2F0"
+
+
+def test_training_without_gradients_enabled_is_refused():
+    stages = [nn.Linear(4, 4) for _ in range(2)]
+
+    def rank_step(rank, transport):
+        with torch.no_grad():
+            return Executor(build("1f1b", 2, 2), transport).run(
+                [
+                    ChunkWork(
+                        stage_functions(stages)[rank],
+                        inputs=stage_inputs(2, torch.randn(4, 4), torch.randn(4, 4))[rank],
+                    )
+                ]
+            )
+
+    assert all("under torch.no_grad()" in str(result) for result in on_every_rank(2, rank_step))

@@ -1,0 +1,110 @@
+"""Pipeline-parallel training in PyTorch, inside the user's own loop.
+
+    from torchdistpackage import forward_backward, partition_uniform, setup_distributed, tpc
+
+The names below are loaded on first use (PEP 562): `import torchdistpackage` and `torchdistpackage.schedule` do not
+import torch, so that the command line starts at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchdistpackage.errors import (
+        CheckpointError,
+        DeadlockError,
+        PipelineError,
+        ScheduleError,
+        SplitError,
+        TopologyError,
+        TorchDistError,
+        TransportError,
+    )
+    from torchdistpackage.parallel import (
+        DDP,
+        clip_grad_norm_,
+        flat_and_partition,
+        flatten_model,
+        flatten_sequence,
+        forward_backward,
+        forward_eval,
+        partition_balanced,
+        partition_uniform,
+        tie_parameters,
+    )
+    from torchdistpackage.split import load_whole_model_state_dict, whole_model_names, whole_model_state_dict
+    from torchdistpackage.topology import (
+        ParallelContext,
+        find_free_port,
+        is_using_pp,
+        setup_distributed,
+        setup_node_groups,
+        test_comm,
+        torch_parallel_context,
+        tpc,
+    )
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "torchdistpackage.errors": (
+        "CheckpointError DeadlockError PipelineError ScheduleError SplitError TopologyError TorchDistError "
+        "TransportError"
+    ),
+    "torchdistpackage.parallel": (
+        "DDP clip_grad_norm_ flat_and_partition flatten_model flatten_sequence forward_backward forward_eval "
+        "partition_balanced partition_uniform tie_parameters"
+    ),
+    "torchdistpackage.split": "load_whole_model_state_dict whole_model_names whole_model_state_dict",
+    "torchdistpackage.topology": (
+        "ParallelContext find_free_port is_using_pp setup_distributed setup_node_groups test_comm "
+        "torch_parallel_context tpc"
+    ),
+}
+_ROOM = {name: room for room, names in _HOME.items() for name in names.split()}
+
+__all__ = [
+    "DDP",
+    "CheckpointError",
+    "DeadlockError",
+    "ParallelContext",
+    "PipelineError",
+    "ScheduleError",
+    "SplitError",
+    "TopologyError",
+    "TorchDistError",
+    "TransportError",
+    "clip_grad_norm_",
+    "find_free_port",
+    "flat_and_partition",
+    "flatten_model",
+    "flatten_sequence",
+    "forward_backward",
+    "forward_eval",
+    "is_using_pp",
+    "load_whole_model_state_dict",
+    "partition_balanced",
+    "partition_uniform",
+    "setup_distributed",
+    "setup_node_groups",
+    "test_comm",
+    "tie_parameters",
+    "torch_parallel_context",
+    "tpc",
+    "whole_model_names",
+    "whole_model_state_dict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ROOM[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

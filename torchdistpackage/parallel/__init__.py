@@ -1,0 +1,28 @@
+"""THE FACE: what a user's loop calls. The only room, with trainer and checkpoint above it, that reads `tpc`."""
+
+from torchdistpackage.parallel.clip_grad_parallel import clip_grad_norm_
+from torchdistpackage.parallel.data_parallel import DDP
+from torchdistpackage.parallel.pipeline_helper import (
+    CallableModule,
+    flat_and_partition,
+    flatten_model,
+    flatten_sequence,
+    partition_balanced,
+    partition_uniform,
+)
+from torchdistpackage.parallel.pipeline_sched import forward_backward, forward_eval
+from torchdistpackage.parallel.tied_parameters import tie_parameters
+
+__all__ = [
+    "DDP",
+    "CallableModule",
+    "clip_grad_norm_",
+    "flat_and_partition",
+    "flatten_model",
+    "flatten_sequence",
+    "forward_backward",
+    "forward_eval",
+    "partition_balanced",
+    "partition_uniform",
+    "tie_parameters",
+]

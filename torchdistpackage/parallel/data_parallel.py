@@ -1,0 +1,168 @@
+"""Data parallelism around a pipeline: torch's DistributedDataParallel, reduced exactly once a step.
+
+DistributedDataParallel arms its reduction in `forward` and fires it in the next backward. A pipeline runs several
+forwards before the first backward, so left alone it reduces the first micro-batch and silently nothing after it. Here
+it is kept quiet during the step and armed right before the last backward, so that the reduction overlaps with that::
+
+    F0  F1  B0  F2  B1  F3  B2  [arm] B3
+    quiet ................. quiet | buckets are all-reduced while B3 still runs
+
+Neighbours: `pipeline_sched.py` hands a reducer to each stage; `runtime/stage.py` calls it and knows only its protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from torchdistpackage.errors import PipelineError
+from torchdistpackage.topology import tpc
+
+__all__ = ["DDP", "DistributedDataParallelReducer"]
+
+
+class DDP(DistributedDataParallel):
+    """torch's DistributedDataParallel with the data group of `tpc` as its default process group.
+
+    torch's own default is the whole world, which under a pipeline holds unlike stages. A stage without trainable
+    parameters, or a topology without a `"data"` dimension, is wrapped just the same and reduces nothing.
+
+    Args:
+        module: The stage.
+        process_group: Another group than the data group.
+        **options: As for `torch.nn.parallel.DistributedDataParallel`.
+
+    Raises:
+        TopologyError: Process groups have not been set up.
+
+    Example:
+        >>> model = DDP(torch.nn.Sequential(*partition_uniform(layers)))
+    """
+
+    def __init__(self, module: nn.Module, *, process_group: Any = None, **options: Any) -> None:
+        alone = process_group is None and tpc.get_dp_size() == 1 and not tpc._is_inited("data")
+        self._passes_through = alone or not any(p.requires_grad for p in module.parameters())
+        if self._passes_through:
+            nn.Module.__init__(self)
+            self._passes_through = True  # nn.Module.__init__ starts from an empty __dict__
+            self.module = module
+            self.require_backward_grad_sync = True
+            return
+        super().__init__(module, process_group=process_group or tpc.get_group("data"), **options)
+        self._passes_through = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module."""
+        if self._passes_through:
+            return self.module(*args, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+@final
+class DistributedDataParallelReducer:
+    """Finds the DistributedDataParallel modules of a stage and reduces them once, with the last backward.
+
+    They are found while the first micro-batch's forward runs, by a global hook that lives for that forward only: it
+    does not matter how `fwd_fn` reaches them, whether it is a new closure every step, or which of several models this
+    step is about. Cost: about 1 us for each module call of one micro-batch.
+
+    Args:
+        modules: The modules, if known: then nothing is searched.
+    """
+
+    def __init__(self, modules: Sequence[DistributedDataParallel] | None = None) -> None:
+        self._modules = modules
+        self._quiet: list[DistributedDataParallel] = []
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Surrounds the first forward of the step."""
+        if self._modules is not None:
+            for module in self._modules:
+                self._silence(module)
+            yield
+            return
+        search = _Search(self._silence)
+        try:
+            search.start()
+            yield
+        finally:
+            search.stop()
+
+    def arm(self, output: Any) -> None:
+        """Comes right before the last backward: from here on gradients are reduced as they become ready.
+
+        Args:
+            output: What this backward starts from. With `find_unused_parameters` its graph says which parameters the
+                last micro-batch does not reach; those are reduced with what earlier micro-batches gave them.
+        """
+        for module in self._quiet:
+            module.require_backward_grad_sync = True
+            module.require_forward_param_sync = True
+            roots = []
+            if module.find_unused_parameters:
+                roots = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            module.reducer.prepare_for_backward(roots)
+
+    def finish(self) -> None:
+        """Comes after the last backward; torch's reducer has waited for its buckets at the end of that."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Leaves the user's modules as they were."""
+        for module in self._quiet:
+            module.require_backward_grad_sync = True
+        self._quiet = []
+
+    def _silence(self, module: DistributedDataParallel) -> None:
+        if not module.require_backward_grad_sync or getattr(module, "_passes_through", False):
+            return  # the user is inside of no_sync() and reduces later; or there is nothing to reduce
+        if module.static_graph:
+            raise PipelineError(
+                "DistributedDataParallel(static_graph=True) counts the backwards of its first step and cannot be "
+                "pipelined with several micro-batches; use static_graph=False (find_unused_parameters=True if some "
+                "parameters get no gradient)"
+            )
+        module.require_backward_grad_sync = False
+        self._quiet.append(module)
+
+
+class _Search:
+    """A global forward pre-hook that reports DistributedDataParallel modules.
+
+    It steps aside while a module that it found runs: what is inside of that needs no search, and a compiled module
+    inside would be compiled again for the sake of the hook.
+    """
+
+    def __init__(self, found: Any) -> None:
+        self._found = found
+        self._hook: Any = None
+        self._returns: list[Any] = []
+
+    def start(self) -> None:
+        if self._hook is None:
+            self._hook = register_module_forward_pre_hook(self._look)
+
+    def stop(self) -> None:
+        for handle in self._returns:
+            handle.remove()
+        self._returns = []
+        self._pause()
+
+    def _pause(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _look(self, module: nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and torch.is_grad_enabled():
+            self._found(module)
+            self._pause()
+            self._returns.append(module.register_forward_hook(lambda *_: self.start()))

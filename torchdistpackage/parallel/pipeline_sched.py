@@ -1,0 +1,257 @@
+"""The face: one pipelined step inside the user's own loop.
+
+    for samples, targets in loader:
+        loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+This is the only place on the way of a micro-batch that reads the topology context `tpc`: below it, ranks and groups
+are arguments. It reads the arguments, takes a proved plan from `schedule/`, hands both to `runtime/`, and gives back
+what the plain loop would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.data_parallel import DistributedDataParallelReducer
+from torchdistpackage.parallel.tied_parameters import ties
+from torchdistpackage.runtime.backward import BackwardFn
+from torchdistpackage.runtime.executor import ChunkWork, Executor, StepResult, raise_failure
+from torchdistpackage.runtime.loopback import loopback
+from torchdistpackage.runtime.message import Kind, flatten
+from torchdistpackage.runtime.microbatch import merge_outputs, weighted_sum
+from torchdistpackage.runtime.p2p import DistributedTransport, TensorGroupShard
+from torchdistpackage.runtime.stage import ForwardFn
+from torchdistpackage.runtime.transport import Transport
+from torchdistpackage.schedule import Plan, build
+from torchdistpackage.topology import tpc
+
+__all__ = ["forward_backward", "forward_eval"]
+
+
+def forward_backward(
+    optimizer: Optimizer | None = None,
+    fwd_fn: ForwardFn | Sequence[ForwardFn] | None = None,
+    bwd_fn: BackwardFn | None = None,
+    inputs: Any = None,
+    num_microbatches: int = 1,
+    forward_only: bool = False,
+    dtype: torch.dtype | None = None,
+    scatter_gather_tensors: bool = False,
+    *,
+    schedule: str = "1f1b",
+    loss_reduction: str = "mean",
+    broadcast_loss: bool = False,
+    data_parallel: DistributedDataParallel | Sequence[DistributedDataParallel] | None = None,
+) -> Any:
+    """Runs the forward and backward of one batch through the pipeline; `.grad` is then as after a plain step.
+
+    Call it on every rank of the pipeline with the same arguments, except for `fwd_fn`, `bwd_fn` and `inputs`, which are
+    this stage's.
+
+    Args:
+        optimizer: Its `zero_grad()` is called first. With None nothing is zeroed: gradients are only ever added to, so
+            that two calls accumulate.
+        fwd_fn: This stage's forward. Gets one object when there is one input, else a list `[from the previous stage
+            ..., *this stage's slices]`: a list or tuple that the previous stage returned is spread, anything else, a
+            dict too, is one entry. On the last stage it returns the mean loss of its micro-batch (training) or
+            anything (evaluation).
+        bwd_fn: This stage's backward, `bwd_fn(output, output_grad)`; `output_grad` is None on the last stage, where
+            `output` is the loss weighted by the micro-batch's share. None for torch's own.
+        inputs: This stage's own inputs for the whole batch: None, a tensor, a list of arguments, or any pytree. Tensors
+            are cut along dim 0 into micro-batches whose sizes differ by at most one row; 0-d tensors and other values
+            go to each as they are.
+        num_microbatches: m >= 1; more than the batch has rows is fine.
+        forward_only: Evaluation: no backward, under `torch.no_grad()`. Whether modules are in `eval()` mode is yours.
+        dtype: Cast floating tensors to this dtype while they travel between ranks.
+        scatter_gather_tensors: With a tensor group of t ranks, each sends 1/t of every message and gathers the rest;
+            exact where the ranks of the tensor group hold the same activations.
+        schedule: A name of `torchdistpackage.schedule.names()`.
+        loss_reduction: `"mean"`: loss and gradients are those of the full batch's mean loss, uneven micro-batches
+            included. `"sum"`: those of the sum over the micro-batches.
+        broadcast_loss: Return on every rank what the last stage returns.
+        data_parallel: The DistributedDataParallel modules that `fwd_fn` uses; None to find them.
+
+    Returns:
+        On the rank of the last stage the batch's loss, detached, or with `forward_only` and outputs that are not
+        scalars all of their rows in order. None elsewhere, unless `broadcast_loss` is set.
+
+    Raises:
+        TopologyError: Process groups have not been set up.
+        ScheduleError: Unknown schedule, or num_microbatches below 1.
+        PipelineError: Bad inputs, ranks that disagree, or a failure on another rank; the message says which. This
+            rank's own exceptions come as they are. After either the same objects can run the next step.
+
+    Example:
+        >>> def fwd_fn(x):
+        ...     if tpc.is_last_in_pipeline_group():
+        ...         return criterion(stage(x[0]), x[1])
+        ...     return stage(x)
+        >>> inputs = samples if tpc.is_first_in_pipeline_group() else [targets]
+        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
+    """
+    size = tpc.get_pp_size()
+    kept = _runtime(size)
+    transport, tied = kept.transport, ties()
+    shared_by = ", loss on every rank" if broadcast_loss else ""
+    try:
+        _check_arguments(optimizer, fwd_fn, bwd_fn, loss_reduction, dtype)
+        plan = build(schedule, size, num_microbatches, forward_only=forward_only)
+        executor = _executor(kept, plan)
+        shard = _tensor_shard(scatter_gather_tensors)
+        work = _chunks(plan, transport.rank, fwd_fn, bwd_fn, inputs, data_parallel)
+        if optimizer is not None:
+            optimizer.zero_grad()
+    except BaseException as error:
+        raise_failure(transport, error, "the arguments of forward_backward")
+    with torch.set_grad_enabled(not forward_only and torch.is_grad_enabled()):
+        result = executor.run(
+            work,
+            mean=loss_reduction == "mean",
+            signature=f", {loss_reduction} of losses{shared_by}",
+            wire_dtype=dtype,
+            shard=shard,
+            around=tied,
+        )
+        value = _merged(result, forward_only) if result.outputs else None
+    if broadcast_loss:
+        value = _shared(transport, plan, value)
+    return value
+
+
+def forward_eval(fwd_fn: ForwardFn, inputs: Any = None, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """Evaluates one batch: `forward_backward` with `forward_only=True`, by default as a single micro-batch.
+
+    Args:
+        fwd_fn: This stage's forward.
+        inputs: This stage's own inputs.
+        dtype: Cast floating tensors to this dtype while they travel.
+        **options: Any other argument of `forward_backward`.
+
+    Returns:
+        On the rank of the last stage its output; None elsewhere.
+
+    Example:
+        >>> logits = forward_eval(model, images if tpc.is_first_in_pipeline_group() else None)
+    """
+    return forward_backward(fwd_fn=fwd_fn, inputs=inputs, dtype=dtype, forward_only=True, **options)
+
+
+def _check_arguments(optimizer: Any, fwd_fn: Any, bwd_fn: Any, loss_reduction: Any, dtype: Any) -> None:
+    if fwd_fn is None:
+        raise PipelineError("fwd_fn is missing: pass the function that runs this stage, fwd_fn(inputs)")
+    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
+        raise PipelineError(
+            f"optimizer is a {type(optimizer).__name__} without zero_grad(); the order of arguments is "
+            "forward_backward(optimizer, fwd_fn, bwd_fn, inputs, ...)"
+        )
+    if bwd_fn is not None and not callable(bwd_fn):
+        raise PipelineError(f"bwd_fn must be a function of (output, output_grad) or None, got {bwd_fn!r}")
+    if loss_reduction not in ("mean", "sum"):
+        raise PipelineError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise PipelineError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+
+
+def _chunks(plan: Plan, rank: int, fwd_fn: Any, bwd_fn: Any, inputs: Any, data_parallel: Any) -> list[ChunkWork]:
+    """One entry for each stage of this rank; with one chunk a rank `fwd_fn` and `inputs` are that entry."""
+    count = len(plan.placement.local_stages(rank))
+    functions = [fwd_fn] if count == 1 and not isinstance(fwd_fn, (list, tuple)) else list(fwd_fn)
+    own = [inputs] if count == 1 else [None] * count if inputs is None else list(inputs)
+    if len(functions) != count or len(own) != count or not all(map(callable, functions)):
+        raise PipelineError(
+            f"rank {rank} runs {count} stage(s) under schedule {plan.name!r}: fwd_fn must be {count} function(s) and "
+            f"inputs must have {count} entries"
+        )
+    searching = data_parallel is None and dist.is_initialized() and dist.get_world_size() > plan.placement.num_ranks
+    modules = None
+    if data_parallel is not None:
+        modules = list(data_parallel) if isinstance(data_parallel, (list, tuple)) else [data_parallel]
+    return [
+        ChunkWork(
+            function,
+            bwd_fn,
+            mine,
+            DistributedDataParallelReducer(modules) if modules is not None or searching else None,
+        )
+        for function, mine in zip(functions, own, strict=True)
+    ]
+
+
+def _merged(result: StepResult, forward_only: bool) -> Any:
+    """The batch's loss, or the rows of all micro-batches in order."""
+    if forward_only:
+        return merge_outputs(result.outputs, result.weights)
+    losses = [output for output in result.outputs if isinstance(output, Tensor) and output.numel() == 1]
+    # A custom backward may start from something else than a loss; then there is no number to return.
+    return weighted_sum(losses, result.weights) if len(losses) == len(result.outputs) else None
+
+
+def _shared(transport: Transport, plan: Plan, value: Any) -> Any:
+    """Passes the loss rank's value on, from neighbour to neighbour in both directions, to every rank."""
+    rank, source = transport.rank, plan.placement.loss_rank
+    try:
+        if rank != source:
+            sender = rank + 1 if rank < source else rank - 1
+            message = transport.inlet(sender).take(Kind.VALUE, source, 0)
+            assert message.layout is not None
+            value = message.layout.tree(message.tensors)
+        for receiver in (rank - 1, rank + 1):
+            if 0 <= receiver < transport.num_ranks and abs(receiver - source) > abs(rank - source):
+                transport.outlet(receiver).send(Kind.VALUE, source, 0, 0, *flatten(value))
+    except BaseException as error:
+        raise_failure(transport, error, "sharing the loss")
+    return value
+
+
+# --- what is kept between steps ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Kept:
+    """What belongs to the pipeline group that is set up now."""
+
+    group: dist.ProcessGroup | None
+    transport: Transport
+    executors: dict[Plan, Executor] = field(default_factory=dict)
+
+
+_MOST_PLANS = 64  # a caller with a new number of micro-batches every step must not fill the memory
+_kept: list[_Kept] = []
+
+
+def _runtime(size: int) -> _Kept:
+    """The transport of the current pipeline group; a pipeline of one rank needs no processes."""
+    group = tpc.get_group("pipe") if size > 1 else None
+    control = tpc.get_control_group("pipe") if size > 1 else None
+    if not _kept or _kept[0].group is not group:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        transport: Transport = loopback(1, device=device)[0]
+        if control is not None:
+            transport = DistributedTransport(control, None, device=device)
+        _kept[:] = [_Kept(group, transport)]
+    return _kept[0]
+
+
+def _executor(kept: _Kept, plan: Plan) -> Executor:
+    executor = kept.executors.get(plan)
+    if executor is None:
+        if len(kept.executors) >= _MOST_PLANS:
+            kept.executors.clear()
+        executor = kept.executors[plan] = Executor(plan, kept.transport)
+    return executor
+
+
+def _tensor_shard(wanted: bool) -> TensorGroupShard | None:
+    group = tpc.get_group("tensor") if wanted and tpc.get_group_size("tensor") > 1 else None
+    return None if group is None else TensorGroupShard(group)

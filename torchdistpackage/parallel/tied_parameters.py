@@ -1,0 +1,197 @@
+"""Parameters that live on more than one stage: the embedding that is also the head.
+
+Each holder has a copy. They start from one value (that of the lowest rank), and after each step every copy's gradient
+is the sum over all holders, before clipping and stepping, so that equal optimizers keep them equal::
+
+    rank 0: embedding.weight.grad  --->  +  <---  rank 3: head.weight.grad          both get the sum, added in the order
+                                                                                   of the ranks: the same bits
+
+Only what this step added is exchanged: a gradient that was there before the step is set aside and added back, so that
+accumulation over several steps does not count it twice.
+
+Ranks that once agreed to share a parameter exchange one message each step from then on, which may be empty. Whether
+they do must not depend on when a model happens to be collected, or they would wait for each other.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from torchdistpackage.errors import SplitError
+from torchdistpackage.runtime.message import Kind, flatten
+from torchdistpackage.runtime.transport import Transport
+from torchdistpackage.topology import tpc
+
+__all__ = ["TiedParameters", "counted_elsewhere", "tie_parameters", "ties"]
+
+# What an exchange is about, in the place of a micro-batch's number; 0 is the loss (`pipeline_sched.py`).
+_GRADIENTS, _VALUES = 1, 2
+
+
+@dataclass
+class _Tie:
+    """One shared parameter, as this rank sees it."""
+
+    name: str
+    ranks: tuple[int, ...]
+    parameter: weakref.ref[Tensor]
+    equal: bool = False  # whether the holders have agreed on one value
+
+
+class TiedParameters:
+    """The shared parameters of one pipeline group, on one rank; one registry a group, see `ties`.
+
+    Args:
+        rank: This rank in the pipeline group.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._ties: list[_Tie] = []
+        self._peers: set[int] = set()
+        self._before: dict[int, Tensor] = {}
+        self._training = False
+
+    def add(self, name: str, ranks: Sequence[int], parameter: nn.Parameter) -> None:
+        """Registers a parameter; every holder does so, in one order. A second time changes nothing."""
+        if any(tie.parameter() is parameter for tie in self._ties):
+            return
+        self._ties.append(_Tie(name, tuple(sorted(ranks)), weakref.ref(parameter)))
+        self._peers |= set(ranks) - {self._rank}
+        _holders[parameter] = min(ranks)
+
+    def begin_step(self, transport: Transport, *, training: bool) -> None:
+        """Makes new ties equal, and sets gradients aside that were there before the step."""
+        fresh = [number for number, tie in enumerate(self._ties) if not tie.equal]
+        if fresh:
+            self._exchange(transport, fresh, _VALUES, _value, _take_value)
+            for number in fresh:
+                self._ties[number].equal = True
+        self._training = training
+        if not training:
+            return
+        for number, tie in enumerate(self._ties):
+            parameter = tie.parameter()
+            if parameter is not None and parameter.grad is not None:
+                self._before[number], parameter.grad = parameter.grad, None
+
+    def end_step(self, transport: Transport) -> None:
+        """Sums the gradients of this step over the holders, and adds back what was set aside."""
+        if not self._training:
+            return
+        self._exchange(transport, list(range(len(self._ties))), _GRADIENTS, _gradient, _take_sum)
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Adds back what was set aside."""
+        for number, before in self._before.items():
+            parameter = self._ties[number].parameter()
+            if parameter is None:
+                continue
+            with torch.no_grad():
+                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+        self._before = {}
+
+    def _exchange(self, transport: Transport, numbers: list[int], what: int, read: Any, take: Any) -> None:
+        """One message to and from each rank that shares anything: {number of the tie: tensor or None}."""
+        mine = {number: read(self._ties[number]) for number in numbers}
+        for peer in sorted(self._peers):
+            shared = [mine[number] for number in numbers if peer in self._ties[number].ranks]
+            transport.outlet(peer).send(Kind.VALUE, self._rank, what, 0, *flatten(shared))
+        theirs: dict[tuple[int, int], Tensor | None] = {}
+        for peer in sorted(self._peers):
+            message = transport.inlet(peer).take(Kind.VALUE, peer, what)
+            assert message.layout is not None
+            values = iter(message.layout.tree(message.tensors))
+            theirs.update({(n, peer): next(values) for n in numbers if peer in self._ties[n].ranks})
+        for number in numbers:
+            tie = self._ties[number]
+            found = [mine[number] if rank == self._rank else theirs[number, rank] for rank in tie.ranks]
+            parameter = tie.parameter()
+            if parameter is not None:
+                take(parameter, [tensor for tensor in found if tensor is not None])
+
+
+def _value(tie: _Tie) -> Tensor | None:
+    parameter = tie.parameter()
+    return None if parameter is None else parameter.detach()
+
+
+def _take_value(parameter: Tensor, found: list[Tensor]) -> None:
+    with torch.no_grad():
+        parameter.copy_(found[0])
+
+
+def _gradient(tie: _Tie) -> Tensor | None:
+    parameter = tie.parameter()
+    return None if parameter is None else parameter.grad
+
+
+def _take_sum(parameter: Tensor, found: list[Tensor]) -> None:
+    if not found:
+        return
+    total = found[0].clone()
+    for gradient in found[1:]:
+        total += gradient
+    if parameter.grad is None:
+        parameter.grad = total
+    else:
+        parameter.grad.copy_(total)  # in place: it may be a view into a bucket
+
+
+_holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> the rank on which it counts
+_current: list[tuple[Any, TiedParameters]] = []
+
+
+def ties() -> TiedParameters:
+    """The registry of the pipeline group that is set up now."""
+    group = tpc.get_group("pipe") if tpc.get_pp_size() > 1 else None
+    if not _current or _current[0][0] is not group:
+        _current[:] = [(group, TiedParameters(tpc.get_pp_rank()))]
+    return _current[0][1]
+
+
+def counted_elsewhere(parameter: Tensor) -> bool:
+    """Whether another stage counts this parameter in norms."""
+    rank: int | None = _holders.get(parameter)  # type: ignore[no-untyped-call]
+    return rank is not None and rank != tpc.get_pp_rank()
+
+
+def tie_parameters(name: str, parameter: nn.Parameter | None) -> None:
+    """Says that one parameter lives on several stages. Collective over the pipeline group.
+
+    `partition_uniform` and `partition_balanced` find shared parameters by themselves; this is for models that are cut
+    by hand. From the next step on the copies have one value and get the sum of their gradients.
+
+    Args:
+        name: The same on every rank.
+        parameter: This stage's copy; None on ranks that do not have it.
+
+    Raises:
+        SplitError: Nobody has it, or the shapes or dtypes differ.
+        TopologyError: Process groups have not been set up.
+
+    Example:
+        >>> tie_parameters("embedding", stage.embedding.weight if first else stage.head.weight if last else None)
+    """
+    if tpc.get_pp_size() == 1:
+        return
+    mine = None if parameter is None else (tuple(parameter.shape), str(parameter.dtype))
+    everyone: list[Any] = [None] * tpc.get_pp_size()
+    dist.all_gather_object(everyone, (name, mine), group=tpc.get_control_group("pipe"))
+    if len({other for other, _ in everyone}) > 1:
+        raise SplitError(f"ranks tie different parameters at the same time: {[other for other, _ in everyone]}")
+    holders = [rank for rank, (_, kind) in enumerate(everyone) if kind is not None]
+    kinds = {kind for _, kind in everyone if kind is not None}
+    if len(holders) < 2 or len(kinds) > 1:
+        raise SplitError(f"{name!r} must be on at least two stages, with one shape and dtype; ranks have {everyone}")
+    if parameter is not None:
+        ties().add(name, holders, parameter)

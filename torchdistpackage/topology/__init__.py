@@ -1,0 +1,32 @@
+"""Who is where: which rank shares which groups, how processes start, and whether their links work.
+
+======================  =====================================================================
+`rank_table.py`         arithmetic: the groups of every rank, without torch
+`process_groups.py`     makes and destroys torch process groups
+`context.py`            `tpc`, this rank's place in every group
+`launch.py`             `setup_distributed`: torchrun, SLURM or one process
+`comm_check.py`         `test_comm`: does every group and link work, and how fast
+======================  =====================================================================
+"""
+
+from __future__ import annotations
+
+from torchdistpackage.topology.comm_check import CommReport, test_comm
+from torchdistpackage.topology.context import ParallelContext, is_using_pp, torch_parallel_context, tpc
+from torchdistpackage.topology.launch import find_free_port, setup_distributed
+from torchdistpackage.topology.process_groups import setup_node_groups
+from torchdistpackage.topology.rank_table import RankTable, rank_table
+
+__all__ = [
+    "CommReport",
+    "ParallelContext",
+    "RankTable",
+    "find_free_port",
+    "is_using_pp",
+    "rank_table",
+    "setup_distributed",
+    "setup_node_groups",
+    "test_comm",
+    "torch_parallel_context",
+    "tpc",
+]
