@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchdistpackage.parallel.tied_parameters import counted_elsewhere
 from torchdistpackage.topology import tpc
+from torchdistpackage.topology.process_groups import communication_device
 
 __all__ = ["clip_grad_norm_"]
 
@@ -75,7 +76,7 @@ def clip_grad_norm_(
 
 def _total_norm(gradients: list[Tensor], own: list[Tensor], norm_type: float) -> Tensor:
     """The whole model's norm, in the dtype of this rank's own."""
-    device = own[0].device if own else _group_device()
+    device = own[0].device if own else communication_device(None)
     dtype = own[0].dtype if own else torch.float32
     local = torch.zeros((), dtype=dtype, device=device)
     if gradients:
@@ -83,7 +84,7 @@ def _total_norm(gradients: list[Tensor], own: list[Tensor], norm_type: float) ->
         if hasattr(local, "full_tensor"):
             local = local.full_tensor()
     # float64: the p-th power of a large norm must not overflow, and adding stages must not lose a bit of float32.
-    amount = local.to(dtype=torch.float64, device=_group_device())
+    amount = local.to(dtype=torch.float64, device=communication_device(None))
     if math.isinf(norm_type):
         _all_reduce(amount, dist.ReduceOp.MAX)
     else:
@@ -97,8 +98,3 @@ def _all_reduce(amount: Tensor, op: dist.ReduceOp.RedOpType) -> None:
     for mode in ("pipe", "tensor"):
         if tpc.get_group_size(mode) > 1:
             dist.all_reduce(amount, op=op, group=tpc.get_group(mode))
-
-
-def _group_device() -> torch.device:
-    backend = dist.get_backend() if dist.is_initialized() else "gloo"
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")

@@ -238,7 +238,7 @@ def _runtime(size: int) -> _Kept:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         transport: Transport = loopback(1, device=device)[0]
         if control is not None:
-            transport = DistributedTransport(control, None, device=device)
+            transport = DistributedTransport(control, tpc.get_edge_groups(), device=device)
         _kept[:] = [_Kept(group, transport)]
     return _kept[0]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchdistpackage.errors import TransportError
 from torchdistpackage.runtime.failure import FailureReport
-from torchdistpackage.runtime.transport import Handle, Transport
+from torchdistpackage.runtime.transport import Handle, Mover, Transport
 
 __all__ = ["LoopbackTransport", "loopback"]
 
@@ -68,14 +68,20 @@ class LoopbackTransport(Transport):
         super().__init__(rank, num_ranks, global_rank=rank, device=device)
         self._hub = hub
 
-    def send(self, buffer: Tensor, receiver: int, *, bulk: bool = False) -> Handle:
-        """Copies the buffer into the stream."""
-        self._hub.stream((self.rank, receiver, self.epoch, bulk)).put(buffer.clone())
-        return _DONE
+    def sender(self, receiver: int, *, bulk: bool = False) -> Mover:
+        """Copies buffers into the stream."""
+        stream = self._hub.stream((self.rank, receiver, self.epoch, bulk))
 
-    def receive(self, buffer: Tensor, sender: int, *, bulk: bool = False) -> Handle:
+        def send(buffer: Tensor) -> Handle:
+            stream.put(buffer.clone())
+            return _DONE
+
+        return send
+
+    def receiver(self, sender: int, *, bulk: bool = False) -> Mover:
         """Takes the next message of the stream when waited for."""
-        return _Pending(self._hub.stream((sender, self.rank, self.epoch, bulk)), buffer, self._hub.timeout)
+        stream = self._hub.stream((sender, self.rank, self.epoch, bulk))
+        return lambda buffer: _Pending(stream, buffer, self._hub.timeout)
 
     def carries_cuda(self) -> bool:
         """One process has one address space: CUDA frames stay where they are."""

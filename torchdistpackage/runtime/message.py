@@ -74,11 +74,12 @@ SPILLED = 2  # the tensors follow in a message of their own
 SLICED = 4  # this is one rank's share; the tensor group gathers the rest
 
 _HEADER = struct.Struct("<IIIIIIQQQQ")
+_pack, _unpack = _HEADER.pack_into, _HEADER.unpack_from
 
 
-def write_header(memory: Any, header: Header) -> None:
-    """Writes a header into the first bytes of a writable buffer."""
-    _HEADER.pack_into(memory, 0, _MAGIC, *header)
+def write_header(memory: Any, header: tuple[int, ...]) -> None:
+    """Writes a header (the fields of `Header`, in their order) into the first bytes of a writable buffer."""
+    _pack(memory, 0, _MAGIC, *header)
 
 
 def read_header(memory: Any) -> Header:
@@ -87,13 +88,13 @@ def read_header(memory: Any) -> Header:
     Raises:
         TransportError: These bytes are not a frame of ours.
     """
-    magic, *fields = _HEADER.unpack_from(memory, 0)
-    if magic != _MAGIC:
+    fields = _unpack(memory, 0)
+    if fields[0] != _MAGIC:
         raise TransportError(
             "received bytes that are not a pipeline message: something else sends on the pipeline's process group, "
             "or the ranks run different versions of this library"
         )
-    return Header(*fields)
+    return Header._make(fields[1:])
 
 
 class TensorLayout(NamedTuple):
@@ -145,6 +146,30 @@ class Layout:
     def frame_bytes(self) -> int:
         """Length of the whole frame, header included."""
         return ALIGNMENT + sum(aligned(math.prod(shape) * dtype.itemsize) for dtype, shape, _, _ in self.placements)
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """A window on a frame's memory for each tensor, in the dtype that it has on the wire."""
+        return [
+            buffer.view(dtype).as_strided(shape, stride, offset)
+            if 0 not in shape
+            else buffer.new_empty(shape, dtype=dtype)
+            for dtype, shape, stride, offset in self.placements
+        ]
+
+    def read(self, buffer: Tensor, device: torch.device) -> list[Tensor]:
+        """The tensors of a frame in their own dtype, on their own kind of device."""
+        views = self.views(buffer)
+        if self.wire_dtype is None and self._on == {buffer.is_cuda}:
+            return views
+        return [
+            # One call for both moves; a host-staged CUDA tensor lands on this rank's own device.
+            view.to(device=device if tensor.is_cuda else "cpu", dtype=tensor.dtype)
+            for view, tensor in zip(views, self.tensors, strict=True)
+        ]
+
+    @cached_property
+    def _on(self) -> set[bool]:
+        return {tensor.is_cuda for tensor in self.tensors}
 
     @cached_property
     def is_cuda(self) -> bool:
@@ -206,39 +231,24 @@ class Message(NamedTuple):
 
 
 class Frame:
-    """The memory of one message, with a window on it for each tensor.
+    """The memory of a message to send, with a window on it for each tensor.
 
     Args:
         layout: What the frame holds.
         buffer: 1-D uint8 memory of at least `layout.frame_bytes`.
     """
 
-    __slots__ = ("buffer", "layout", "memory", "views")
+    __slots__ = ("buffer", "memory", "views")
 
     def __init__(self, layout: Layout, buffer: Tensor) -> None:
-        self.layout = layout
         self.buffer = buffer
         self.memory = None if buffer.is_cuda else buffer.numpy()
-        self.views = [
-            buffer.view(dtype).as_strided(shape, stride, offset)
-            if math.prod(shape)
-            else buffer.new_empty(shape, dtype=dtype)
-            for dtype, shape, stride, offset in layout.placements
-        ]
+        self.views = layout.views(buffer)
 
     def pack(self, tensors: Sequence[Tensor]) -> None:
         """Copies tensors in: contiguous, cast, without history."""
         for view, tensor in zip(self.views, tensors, strict=True):
             view.copy_(tensor.detach())
-
-    def unpack(self, device: torch.device) -> list[Tensor]:
-        """The tensors in their own dtype, on their own kind of device."""
-        return [
-            view if view.dtype is tensor.dtype and view.is_cuda == tensor.is_cuda
-            # One call for both moves; a host-staged CUDA tensor lands on this rank's own device.
-            else view.to(device=device if tensor.is_cuda else "cpu", dtype=tensor.dtype)
-            for view, tensor in zip(self.views, self.layout.tensors, strict=True)
-        ]  # fmt: skip
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec | None]:
@@ -269,6 +279,20 @@ def leaf_key(leaf: Any, *, training: bool) -> Leaf:
     raise TransportError(
         f"a stage returned a {type(leaf).__name__}, which cannot travel to another rank; return tensors, None, numbers "
         "and strings in tuples, lists or dicts"
+    )
+
+
+def is_like(tensor: Tensor, known: TensorLayout | None) -> bool:
+    """Whether a bare tensor has the layout that the last one had: the quick way past `leaf_key`."""
+    return (
+        known is not None
+        and type(tensor) is Tensor
+        and tensor.shape == known.shape
+        and tensor.dtype is known.dtype
+        and tensor.requires_grad == known.requires_grad
+        and tensor.stride() == known.stride
+        and tensor.is_cuda == known.is_cuda
+        and tensor.layout is torch.strided
     )
 
 

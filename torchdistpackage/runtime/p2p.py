@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchdistpackage.runtime.failure import FailureReport
-from torchdistpackage.runtime.transport import Handle, Transport
+from torchdistpackage.runtime.transport import Mover, Transport
 
 __all__ = ["DistributedTransport", "TensorGroupShard"]
 
@@ -65,17 +65,21 @@ class DistributedTransport(Transport):
         if edges is not None:
             self._connect()
 
-    def send(self, buffer: Tensor, receiver: int, *, bulk: bool = False) -> Handle:
-        """Starts a send; CUDA buffers go over NCCL."""
-        if buffer.is_cuda:
-            return _handle(self._edge(self.rank, receiver).send([buffer], receiver, 0))
-        return _handle(self._control.send([buffer], receiver, self._tag(bulk)))
+    def sender(self, receiver: int, *, bulk: bool = False) -> Mover:
+        """Starts sends to a rank; CUDA buffers go over NCCL."""
+        send, tag = self._control.send, self._tag(bulk)
+        if not bulk or self._edges is None:
+            return lambda buffer: send([buffer], receiver, tag)
+        edge = self._edge(self.rank, receiver)
+        return lambda buffer: edge.send([buffer], receiver, 0) if buffer.is_cuda else send([buffer], receiver, tag)
 
-    def receive(self, buffer: Tensor, sender: int, *, bulk: bool = False) -> Handle:
-        """Starts a receive; CUDA buffers come over NCCL."""
-        if buffer.is_cuda:
-            return _handle(self._edge(sender, self.rank).recv([buffer], sender, 0))
-        return _handle(self._control.recv([buffer], sender, self._tag(bulk)))
+    def receiver(self, sender: int, *, bulk: bool = False) -> Mover:
+        """Starts receives from a rank; CUDA buffers come over NCCL."""
+        receive, tag = self._control.recv, self._tag(bulk)
+        if not bulk or self._edges is None:
+            return lambda buffer: receive([buffer], sender, tag)
+        edge = self._edge(sender, self.rank)
+        return lambda buffer: edge.recv([buffer], sender, 0) if buffer.is_cuda else receive([buffer], sender, tag)
 
     def carries_cuda(self) -> bool:
         """True on NCCL."""
@@ -122,8 +126,8 @@ class DistributedTransport(Transport):
             for sender, receiver in ((low, high), (high, low)):
                 if self.rank in (sender, receiver):
                     hello = torch.zeros(1, dtype=torch.uint8, device=self.device)
-                    move = self.send if self.rank == sender else self.receive
-                    move(hello, receiver if self.rank == sender else sender, bulk=True).wait()
+                    end = self.sender(receiver, bulk=True) if self.rank == sender else self.receiver(sender, bulk=True)
+                    end(hello).wait()
 
 
 class TensorGroupShard:
@@ -142,8 +146,3 @@ class TensorGroupShard:
     def gather(self, full: Tensor, own: Tensor) -> None:
         """Fills `full` with the slices of all ranks, in rank order."""
         dist.all_gather(list(full.chunk(self.size)), own.contiguous(), group=self._group)
-
-
-def _handle(work: Any) -> Handle:
-    handle: Handle = work
-    return handle

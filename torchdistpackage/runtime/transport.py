@@ -10,6 +10,7 @@ Neighbours: `p2p.py` (torch.distributed) and `loopback.py` (all ranks as threads
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torchdistpackage.runtime.edge import Inlet, Outlet
 from torchdistpackage.runtime.failure import FailureReport
 from torchdistpackage.runtime.message import Kind
 
-__all__ = ["Handle", "TensorShard", "Transport"]
+__all__ = ["Handle", "Mover", "TensorShard", "Transport"]
 
 
 class Handle(Protocol):
@@ -27,6 +28,9 @@ class Handle(Protocol):
 
     def wait(self) -> object:
         """Blocks until the buffer may be read (receive) or written (send)."""
+
+
+Mover = Callable[[Tensor], Handle]
 
 
 class TensorShard(Protocol):
@@ -65,12 +69,17 @@ class Transport(ABC):
         self._abandoned: list[object] = []  # sends that nobody may ever take; freed memory must not be read by them
 
     @abstractmethod
-    def send(self, buffer: Tensor, receiver: int, *, bulk: bool = False) -> Handle:
-        """Starts sending a 1-D uint8 buffer; bulk is the second stream of an edge, for payloads that spill."""
+    def sender(self, receiver: int, *, bulk: bool = False) -> Mover:
+        """A function that starts sending a 1-D uint8 buffer.
+
+        Args:
+            receiver: The rank at the other end.
+            bulk: The second stream of the edge, for what does not fit into a slot.
+        """
 
     @abstractmethod
-    def receive(self, buffer: Tensor, sender: int, *, bulk: bool = False) -> Handle:
-        """Starts receiving into a 1-D uint8 buffer, which may be longer than the message."""
+    def receiver(self, sender: int, *, bulk: bool = False) -> Mover:
+        """A function that starts receiving into a 1-D uint8 buffer, which may be longer than the message."""
 
     @abstractmethod
     def carries_cuda(self) -> bool:

@@ -69,7 +69,6 @@ class ParallelContext:
     """
 
     def __init__(self) -> None:
-        """Empty, until `setup_process_groups` or `setup_from_mesh`."""
         self._state: _State | None = None
 
     # ---- set-up and tear-down: collective over the world ----
@@ -131,7 +130,8 @@ class ParallelContext:
         config = list(zip(dims, mesh.mesh.shape, strict=True))
         table = rank_table(dist.get_world_size(), config, custom_dims=dims)
         self.reset()
-        made = create_groups({"model": (table, "model")}, timeout=timeout) if "model" in _extra_modes(table) else {}
+        extra = set(table.modes) - set(dims)
+        made = create_groups({"model": (table, "model")}, timeout=timeout) if "model" in extra else {}
         groups = {dim: mesh.get_group(name) for dim, name in zip(dims, names, strict=True)} | made
         self._adopt(table, world, timeout, groups, owned=list(made.values()))
         self._require().mesh = mesh
@@ -207,6 +207,11 @@ class ParallelContext:
         if mode not in state.control_groups:
             state.control_groups[mode] = control_group(state.table, mode, state.timeout)
         return state.control_groups[mode]
+
+    def get_edge_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+        """The pipeline's groups for CUDA messages to a higher and to a lower rank; None where NCCL is not used."""
+        made = self._require("pipe").control_groups
+        return (made["pipe:up"], made["pipe:down"]) if "pipe:up" in made else None
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -346,8 +351,6 @@ class ParallelContext:
         """Whether this rank is the last of its model-parallel group."""
         return self.is_last_in_group("model")
 
-    # ---- the state ----
-
     def _adopt(
         self,
         table: RankTable,
@@ -359,6 +362,9 @@ class ParallelContext:
         self._state = _State(table, weakref.ref(world), dist.get_rank(), timeout, {**groups, "global": None}, owned)
         if "pipe" in groups:
             self.get_control_group("pipe")  # now, while all ranks are here
+            if communication_device(groups["pipe"]).type == "cuda":
+                sides = {side: (table, "pipe") for side in ("pipe:up", "pipe:down")}
+                self._state.control_groups |= create_groups(sides, timeout=timeout)
 
     def _forget(self, state: _State, mode: str) -> None:
         group = state.groups.pop(mode, None)
@@ -387,11 +393,6 @@ class ParallelContext:
 def is_using_pp() -> bool:
     """Whether `tpc` has pipelines of more than one rank; False before any set-up."""
     return tpc.is_mode_inited("pipe")
-
-
-def _extra_modes(table: RankTable) -> set[str]:
-    """Modes that have groups besides the dims and the world."""
-    return set(table.modes) - set(table.dims) - {"global"}
 
 
 torch_parallel_context = ParallelContext()
