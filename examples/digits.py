@@ -48,7 +48,9 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw this epoch's images; call it on every rank before the epoch's first batch."""
-        grey = _jitter(self.grey, torch.Generator().manual_seed(1000 * self.seed + epoch)) if self.augment else self.grey
+        grey = (
+            _jitter(self.grey, torch.Generator().manual_seed(1000 * self.seed + epoch)) if self.augment else self.grey
+        )
         self.images = (grey - 0.305) / 0.324  # mean and deviation of the training part
 
     def __len__(self) -> int:

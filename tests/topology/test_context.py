@@ -44,14 +44,17 @@ def compare_all(rank: int, world_size: int, config: list[tuple[str, float]]) -> 
     assert tpc is torch_parallel_context
     for mode in tpc.modes:
         ranks = tpc.get_ranks_in_group(mode)
-        assert members(tpc, mode) == ranks and ranks in tpc.all_ranks(mode)
+        assert members(tpc, mode) == ranks
+        assert ranks in tpc.all_ranks(mode)
         assert tpc.get_group_rank(mode) == ranks.index(rank) == dist.get_rank(tpc.get_group(mode))
         assert tpc.get_group_size(mode) == len(ranks) == dist.get_world_size(tpc.get_group(mode))
-        assert tpc.is_first_in_group(mode) == (rank == ranks[0]) and tpc.is_last_in_group(mode) == (rank == ranks[-1])
+        assert tpc.is_first_in_group(mode) == (rank == ranks[0])
+        assert tpc.is_last_in_group(mode) == (rank == ranks[-1])
         assert tpc.get_next_global_rank(mode) == ranks[(ranks.index(rank) + 1) % len(ranks)]
         assert tpc.get_prev_global_rank(mode) == ranks[ranks.index(rank) - 1]
         assert tpc.is_first_group(mode) == (ranks == tpc.all_ranks(mode)[0])
-        assert tpc.is_mode_inited(mode) == (len(ranks) > 1) and tpc._is_inited(mode)
+        assert tpc.is_mode_inited(mode) == (len(ranks) > 1)
+        assert tpc._is_inited(mode)
     assert tpc.all_dp_ranks() == tpc.all_ranks("data")
     assert (tpc.get_group("global"), is_using_pp()) == (None, tpc.get_pp_size() > 1)
     groups = [tpc.get_group(mode) for mode in tpc.modes]
@@ -77,11 +80,14 @@ def pipe_only(rank: int, world_size: int) -> None:
     tpc.setup_process_groups([("pipe", world_size)])
     for mode in ("data", "tensor"):
         assert (tpc.get_group_size(mode), tpc.get_group_rank(mode), tpc.get_ranks_in_group(mode)) == (1, 0, [rank])
-        assert tpc.is_first_in_group(mode) and tpc.is_last_in_group(mode) and not tpc.is_mode_inited(mode)
+        assert tpc.is_first_in_group(mode)
+        assert tpc.is_last_in_group(mode)
+        assert not tpc.is_mode_inited(mode)
         assert tpc.get_next_global_rank(mode) == tpc.get_prev_global_rank(mode) == rank
         with pytest.raises(TopologyError, match=f"'{mode}' is not initialized; the modes are pipe, model, global"):
             tpc.get_group(mode)
-    assert tpc.is_first_in_data_group() and tpc.is_last_in_tensor_group()
+    assert tpc.is_first_in_data_group()
+    assert tpc.is_last_in_tensor_group()
     assert (tpc.get_dp_rank(), tpc.get_dp_size(), tpc.get_tp_rank(), tpc.get_tp_size()) == (0, 1, 0, 1)
     assert (tpc.get_pp_rank(), tpc.get_pp_size(), tpc.get_mp_rank(), tpc.get_mp_size()) == (rank, 2, rank, 2)
     assert tpc.is_first_in_pipeline_group() == tpc.is_first_in_model_group() == (rank == 0)
@@ -117,7 +123,8 @@ def ranks_disagree(rank: int, world_size: int) -> str:
 
 def test_ranks_that_ask_for_different_groups_hear_it() -> None:
     messages = run(ranks_disagree, 2)
-    assert "groups of 2 in pipe 2" in messages[0] and "groups of 2 in data 2" in messages[1]
+    assert "groups of 2 in pipe 2" in messages[0]
+    assert "groups of 2 in data 2" in messages[1]
 
 
 def set_up_again(rank: int, world_size: int, ports: list[str]) -> None:
@@ -163,7 +170,9 @@ def nothing_set_up(rank: int, world_size: int) -> None:
     for setup in (lambda: tpc.setup_process_groups([("pipe", 1)]), lambda: setup_node_groups(1)):
         with pytest.raises(TopologyError, match="setup_distributed"):
             setup()
-    assert not tpc.is_mode_inited("pipe") and not tpc._is_inited("no such") and not is_using_pp()
+    assert not tpc.is_mode_inited("pipe")
+    assert not tpc._is_inited("no such")
+    assert not is_using_pp()
     tpc.reset()
 
 
@@ -187,7 +196,9 @@ def make_mesh(rank: int, world_size: int) -> None:
     setup_distributed()
     tpc.setup_process_groups([("data", 2), ("pipe", 2)])
     mesh = tpc.mesh
-    assert mesh is tpc.mesh and mesh.mesh_dim_names == ("data", "pipe") and mesh.mesh.tolist() == [[0, 1], [2, 3]]
+    assert mesh is tpc.mesh
+    assert mesh.mesh_dim_names == ("data", "pipe")
+    assert mesh.mesh.tolist() == [[0, 1], [2, 3]]
     assert mesh.get_group("pipe") is tpc.get_group("pipe")
     assert mesh["data"].get_local_rank() == tpc.get_dp_rank()
     tpc.setup_from_mesh(mesh)  # its own: nothing to do
@@ -203,7 +214,8 @@ def use_mesh(rank: int, world_size: int) -> None:
     setup_distributed()
     mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("dp", "pp", "cp"))
     tpc.setup_from_mesh(mesh)
-    assert tpc.modes == ("data", "pipe", "cp", "model", "global") and tpc.mesh is mesh
+    assert tpc.modes == ("data", "pipe", "cp", "model", "global")
+    assert tpc.mesh is mesh
     assert tpc.get_group("pipe") is mesh.get_group("pp")
     assert all(members(tpc, mode) == tpc.get_ranks_in_group(mode) for mode in tpc.modes)
     tpc.reset()
@@ -227,7 +239,8 @@ def moe(rank: int, world_size: int) -> None:
         tpc.build_moe_groups()
     for ep_size, ep_group in ((2, [[0, 1], [2, 3]]), (4, [[0, 1, 2, 3]])):
         tpc.build_moe_groups(moe_ep_size=ep_size)
-        assert tpc.all_ranks("moe_ep") == ep_group and tpc.is_mode_inited("moe_dp") == (ep_size == 2)
+        assert tpc.all_ranks("moe_ep") == ep_group
+        assert tpc.is_mode_inited("moe_dp") == (ep_size == 2)
         for mode in ("moe_ep", "moe_dp"):
             assert members(tpc, mode) == tpc.get_ranks_in_group(mode)
 
@@ -238,7 +251,8 @@ def test_bug_28_moe_groups() -> None:
 
 def nodes(rank: int, world_size: int) -> list[int] | None:
     setup_distributed()
-    assert setup_node_groups() is None and tpc.setup_node_groups(3) is None
+    assert setup_node_groups() is None
+    assert tpc.setup_node_groups(3) is None
     with pytest.raises(TopologyError, match="at least 1"):
         setup_node_groups(0)
     group = setup_node_groups(num_per_node=2)

@@ -57,7 +57,8 @@ def test_groups_equal_brute_force(table: RankTable) -> None:
             fixed = [dim for dim, name in enumerate(table.dims) if name == "data" and mode == "model"]
         groups = table.all_groups(mode)
         assert set(groups) == brute_force(table.sizes, fixed)
-        assert len(groups) == len(set(groups)) and 0 in groups[0]
+        assert len(groups) == len(set(groups))
+        assert 0 in groups[0]
         for group in groups:
             assert table.size(mode) == len(group)
             assert [table.group_of(mode, rank) for rank in group] == [group] * len(group)

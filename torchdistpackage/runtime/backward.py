@@ -86,7 +86,7 @@ def backward_from_gradients(
 
 
 def _run(roots: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
-    """`torch.autograd.backward` without its checks of what is known to fit: 10 us less on each side of every message."""
+    """`torch.autograd.backward` without its checks of what is known to fit: 10 us less for each backward."""
     _engine.run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 

@@ -57,8 +57,6 @@ class DistributedTransport(Transport):
     ) -> None:
         super().__init__(control.rank(), control.size(), global_rank=dist.get_rank(), device=device)
         self._control, self._edges = control, edges
-        # On NCCL the host reads the header before it posts the tensors; ahead of its use, that would stall the host.
-        self.receives_ahead = 1 if edges is None else 0
         ranks = tuple(dist.get_process_group_ranks(control))
         number = _instances[ranks] = _instances.get(ranks, 0) + 1
         self._store_prefix = f"torchdistpackage/{'-'.join(map(str, ranks))}/{number}"

@@ -51,11 +51,13 @@ class Transport(ABC):
         num_ranks: p.
         global_rank: This rank in the world, for messages to people.
         device: Where received CUDA tensors are put.
-        receives_ahead: How many compute actions ahead of its use a receive is posted.
+        receives_ahead: How many compute actions ahead of its use a receive is posted. On gloo 0 was the best by 10 %
+            (each posted receive is a word to the sender, which wakes its thread), on NCCL the host has to read a
+            header before it posts the tensors, which would stall it ahead of their use.
         epoch: Counts failures; frames of different epochs never meet.
     """
 
-    receives_ahead = 1
+    receives_ahead = 0
 
     def __init__(self, rank: int, num_ranks: int, *, global_rank: int, device: torch.device) -> None:
         self.rank, self.num_ranks, self.global_rank, self.device = rank, num_ranks, global_rank, device

@@ -2,11 +2,11 @@
 
 ::
 
-    p = 3, m = 4, F = 1, B = 2 (a digit is a micro-batch, forward above, backward in brackets)
+    p = 3, m = 4, F = 1, B = 2 (Fi and Bi: forward and backward of micro-batch i)
 
-    rank 0 | 0 1 2 3 . . . . .   .   [0 ][1 ][2 ][3 ]
-    rank 1 | . 0 1 2 3 . .  [0 ][1 ][2 ][3 ]
-    rank 2 | . . 0 1 2 3[0 ][1 ][2 ][3 ]
+    rank 0 | F0 F1 F2 F3 .  .  .  .  .  .  B0 -- B1 -- B2 -- B3 --
+    rank 1 | .  F0 F1 F2 F3 .  .  .  B0 -- B1 -- B2 -- B3 -- .  .
+    rank 2 | .  .  F0 F1 F2 F3 B0 -- B1 -- B2 -- B3 -- .  .  .  .
 
 Bubble (p - 1)(F + B) a rank. Peak activations: all m micro-batches on every rank.
 

@@ -2,11 +2,11 @@
 
 ::
 
-    p = 3, m = 4, F = 1, B = 2 (a digit is a micro-batch, backward in brackets)
+    p = 3, m = 4, F = 1, B = 2 (Fi and Bi: forward and backward of micro-batch i)
 
-    rank 0 | 0 1 2 . . . . [0 ] 3 [1 ] . [2 ] . [3 ]
-    rank 1 | . 0 1 . . [0 ] 2 [1 ] 3 [2 ] . [3 ]
-    rank 2 | . . 0 [0 ] 1 [1 ] 2 [2 ] 3 [3 ]
+    rank 0 | F0 F1 F2 .  .  .  .  B0 -- F3 B1 -- .  B2 -- .  B3 --
+    rank 1 | .  F0 F1 .  .  B0 -- F2 B1 -- F3 B2 -- .  B3 -- .  .
+    rank 2 | .  .  F0 B0 -- F1 B1 -- F2 B2 -- F3 B3 -- .  .  .  .
 
 Bubble (p - 1)(F + B) a rank, as GPipe's; peak activations only min(m, p - r) on rank r. No schedule with one chunk a
 rank and an unsplit backward is faster.

@@ -1,0 +1,21 @@
+"""Read by mypy alone: what type checkers of users' code see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import assert_type
+
+import torchdistpackage as tdp
+from torchdistpackage.schedule import Plan, build, names
+
+assert_type(build("1f1b", 2, 4), Plan)
+assert_type(names(), tuple[str, ...])
+assert_type(tdp.clip_grad_norm_([], 1.0), torch.Tensor)
+assert_type(tdp.flatten_model(nn.Linear(2, 2), [], True), list[nn.Module])
+assert_type(tdp.flatten_model(nn.Linear(2, 2), []), nn.Sequential)
+assert_type(tdp.partition_uniform([nn.Linear(2, 2)]), list[nn.Module])
+assert_type(tdp.forward_backward(fwd_fn=lambda x: x, inputs=None), Any)
+assert_type(tdp.tpc.get_pp_rank(), int)
