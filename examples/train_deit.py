@@ -81,8 +81,10 @@ def get_args():
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--steps-limit", type=int, help="stop each epoch after this many steps")
     run = p.add_argument_group("run")
+    run.add_argument("--threads", type=int, default=1, help="CPU threads a process; the same number, the same bits")
     run.add_argument("--output", help="write a checkpoint here after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output, if there is one")
+    run.add_argument("--stop-after", type=int, help="stop after this many epochs, as if the time were up")
     run.add_argument("--log-losses", help="write the loss of every step, in full precision, to this file")
     return p.parse_args()
 
@@ -209,7 +211,9 @@ def train_one_epoch(args, run, epoch):
         return criterion(out.float(), x[1]) if last else out
 
     losses = []
-    bar = tqdm(rows(run["train"]), f"epoch {epoch}", total=steps, unit="step", disable=not run["owns_loss"])
+    bar = tqdm(
+        rows(run["train"]), f"epoch {epoch}", total=steps, unit="step", mininterval=0.5, disable=not run["owns_loss"]
+    )
     for step, (samples, targets) in enumerate(bar):
         if step == steps:
             break
@@ -312,7 +316,7 @@ def start_processes(args):
     """One plain `python` call starts as many processes as are asked for, by becoming torchrun."""
     wanted = args.pp * args.dp
     if wanted > 1 and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // wanted)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(wanted)]
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
@@ -320,6 +324,7 @@ def start_processes(args):
 def main():
     args = get_args()
     start_processes(args)
+    torch.set_num_threads(args.threads)
     setup_distributed()
     tpc.setup_process_groups([("data", args.dp), ("pipe", args.pp)])
     cuda = torch.cuda.is_available()
@@ -340,7 +345,8 @@ def main():
     table = Table(title=f"{args.model}, {args.pp} stages x {args.dp} replicas, {args.schedule}")
     for heading in ("epoch", "train loss", "test loss", "top-1", "top-5", "seconds"):
         table.add_column(heading, justify="right")
-    for epoch in range(load_checkpoint(args, run), args.epochs):
+    start = load_checkpoint(args, run)
+    for epoch in range(start, min(args.epochs, start + (args.stop_after or args.epochs))):
         began = time.time()
         losses = train_one_epoch(args, run, epoch)
         metrics = evaluate(args, run)

@@ -9,7 +9,9 @@ clip by the same factor and decide the same on non-finite gradients.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,23 +77,31 @@ def clip_grad_norm_(
 
 
 def _total_norm(gradients: list[Tensor], own: list[Tensor], norm_type: float) -> Tensor:
-    """The whole model's norm, in the dtype of this rank's own."""
-    device = own[0].device if own else communication_device(None)
-    dtype = own[0].dtype if own else torch.float32
-    local = torch.zeros((), dtype=dtype, device=device)
-    if gradients:
-        local = torch.nn.utils.get_total_norm(gradients, norm_type)
-        if hasattr(local, "full_tensor"):
-            local = local.full_tensor()
-    # float64: the p-th power of a large norm must not overflow, and adding stages must not lose a bit of float32.
-    amount = local.to(dtype=torch.float64, device=communication_device(None))
+    """The whole model's norm, in the dtype of this rank's gradients.
+
+    Powers are added in float64, parameter by parameter: a large norm's power must not overflow, and where the model is
+    cut must not change a bit of the result.
+    """
+    device, like = communication_device(None), (gradients or own or [torch.empty(())])[0]
+    norms = [norm.to(dtype=torch.float64, device=device) for norm in _norms(gradients, norm_type)]
+    amounts = torch.stack(norms) if norms else torch.zeros(1, dtype=torch.float64, device=device)
     if math.isinf(norm_type):
+        amount = amounts.max()
         _all_reduce(amount, dist.ReduceOp.MAX)
     else:
-        amount = amount**norm_type
+        amount = (amounts**norm_type).sum()
         _all_reduce(amount, dist.ReduceOp.SUM)
         amount = amount ** (1.0 / norm_type)
-    return amount.to(dtype=local.dtype, device=local.device)
+    return amount.to(dtype=like.dtype, device=like.device)
+
+
+def _norms(gradients: list[Tensor], norm_type: float) -> list[Tensor]:
+    """The norm of each gradient, one call for all of a kind; a DTensor's is that of the whole tensor."""
+    kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        kinds[type(gradient), gradient.device, gradient.dtype].append(gradient.detach())
+    found = [norm for kind in kinds.values() for norm in torch._foreach_norm(kind, norm_type)]
+    return [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in found]
 
 
 def _all_reduce(amount: Tensor, op: dist.ReduceOp.RedOpType) -> None:

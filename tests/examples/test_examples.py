@@ -1,0 +1,77 @@
+"""The examples run as their first lines say, and do not depend on how the model is cut."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(*command, processes=0, timeout=170):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    result = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / command[0]), *map(str, command[1:])],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def losses(path):
+    return [float(line.split()[-1]) for line in path.read_text().splitlines()]
+
+
+def deit(tmp_path, name, *options):
+    path = tmp_path / name
+    run("train_deit.py", "--steps-limit", 3, "--depth", 2, "--log-losses", path, *options)
+    return losses(path)
+
+
+def test_deit_has_the_same_losses_however_it_is_cut(tmp_path):
+    plain = deit(tmp_path, "plain", "--pp", 1, "--epochs", 2)
+    cut = deit(tmp_path, "cut", "--pp", 2, "--epochs", 2, "--schedule", "gpipe", "--microbatches", 4)
+    assert len(plain) == 6
+    assert cut == pytest.approx(plain, abs=1e-5)
+
+
+def test_deit_goes_on_where_it_stopped_with_another_number_of_stages(tmp_path):
+    whole = deit(tmp_path, "whole", "--pp", 1, "--epochs", 2)
+    folder = ["--output", tmp_path / "run", "--resume", "--epochs", 2]
+    # The first run ends after one epoch, because the second one is not reached within --stop-after.
+    first = deit(tmp_path, "first", "--pp", 2, *folder, "--stop-after", 1)
+    second = deit(tmp_path, "second", "--pp", 1, *folder)
+    assert first + second == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [["--amp", "bf16"], ["--mixup", 0], ["--model", "deit_tiny_distilled_patch16_224"]])
+def test_deit_options(tmp_path, options):
+    assert len(deit(tmp_path, "losses", "--pp", 2, "--epochs", 1, *options)) == 3
+
+
+def test_deit_on_an_image_folder(tmp_path):
+    from PIL import Image
+
+    for part in ("train", "val"):
+        for label in "abcdefg":
+            folder = tmp_path / part / label
+            folder.mkdir(parents=True)
+            for number in range(5):
+                Image.new("RGB", (40, 40), (ord(label), 10 * number, 0)).save(folder / f"{number}.png")
+    found = deit(tmp_path, "losses", "--pp", 2, "--epochs", 1, "--data-path", tmp_path, "--batch-size", 8)
+    assert len(found) == 3
+
+
+def test_mlp():
+    out = run("train_mlp.py", processes=2)
+    assert float(out.splitlines()[-1].split()[-1].rstrip("%")) > 90
+
+
+def test_resnet_with_two_replicas():
+    out = run("train_resnet.py", "--epochs", 1, "--steps", 3, processes=4)
+    assert "epoch 0: top-1" in out

@@ -1,0 +1,67 @@
+"""CUDA: loopback on one device, host-staged gloo with two ranks on one device, NCCL where there are two devices."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_harness import run_distributed
+from loopback_pipeline import assert_same_gradients, on_every_rank, plain_loop, stage_functions, stage_inputs
+from torch import nn
+
+from torchdistpackage import forward_backward, setup_distributed, tpc
+from torchdistpackage.runtime import ChunkWork, Executor
+from torchdistpackage.schedule import build, names
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+mse = nn.functional.mse_loss
+
+
+@pytest.mark.parametrize("name", names())
+def test_loopback_on_a_device(name):
+    torch.manual_seed(0)
+    stages = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)]).cuda()
+    reference = copy.deepcopy(stages)
+    x, y = torch.randn(10, 8, device="cuda"), torch.randn(10, 8, device="cuda")
+
+    def rank_step(rank, transport):
+        transport.device = torch.device("cuda", 0)
+        work = ChunkWork(stage_functions(stages)[rank], inputs=stage_inputs(3, x, y)[rank])
+        Executor(build(name, 3, 4), transport).run([work])
+
+    assert on_every_rank(3, rank_step) == [None] * 3
+    plain_loop(reference, x, y, 4)
+    assert_same_gradients(stages, reference)
+
+
+def steps(rank, world, backend):
+    if backend == "gloo":
+        torch.cuda.set_device(0)
+    setup_distributed(backend=backend)
+    tpc.setup_process_groups([("pipe", world)])
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(world)]).cuda()
+    reference = copy.deepcopy(layers)
+    stage, last = layers[tpc.get_pp_rank()], tpc.is_last_in_pipeline_group()
+    for rows in (8, 10, 3):
+        x, y = (torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows)).cuda() for _ in range(2))
+        layers.zero_grad()
+        reference.zero_grad()
+        inputs = x if tpc.is_first_in_pipeline_group() else [y] if last else None
+        forward_backward(
+            fwd_fn=lambda a: mse(stage(a[0]), a[1]) if last else stage(a), inputs=inputs, num_microbatches=4
+        )
+        mse(reference(x), y).backward()
+        for p, q in zip(stage.parameters(), reference[tpc.get_pp_rank()].parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    torch.cuda.synchronize()
+    dist.barrier()
+
+
+def test_host_staged_gloo():
+    run_distributed(steps, 2, "cpu:gloo,cuda:gloo")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_nccl():
+    run_distributed(steps, 2, "cpu:gloo,cuda:nccl")
