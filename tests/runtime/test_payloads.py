@@ -197,6 +197,23 @@ def test_a_larger_and_a_smaller_batch_on_later_steps():
     assert_same_gradients(stages, reference)
 
 
+def test_evaluation_under_inference_mode_before_training():
+    stages = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    x, y = torch.randn(6, 4), torch.randn(6, 4)
+
+    def rank_steps(rank, transport):
+        evaluation = Executor(build("1f1b", 2, 3, forward_only=True), transport)
+        training = Executor(build("1f1b", 2, 3), transport)
+        for _ in range(3):
+            with torch.inference_mode():
+                evaluation.run([ChunkWork(stages[rank], inputs=[x, None][rank])])
+            loss = (lambda xs: mse(stages[1](xs[0]), xs[1])) if rank == 1 else stages[0]
+            training.run([ChunkWork(loss, inputs=[x, y][rank])])
+
+    assert on_every_rank(2, rank_steps) == [None, None]
+    assert stages[0].weight.grad is not None
+
+
 def test_an_unsupported_output_is_named_and_both_ranks_raise():
     a = nn.Linear(4, 4)
     results = run_step(build("1f1b", 2, 2), [lambda x: (a(x), {1, 2}), lambda h: h.mean()], [torch.randn(4, 4), None])

@@ -67,8 +67,9 @@ class _Sent(NamedTuple):
     known: _Known | None
 
     def take_back(self) -> None:
-        for handle in self.handles:
-            handle.wait()  # the other side has it: this returns at once
+        if self.frame is not None and self.frame.memory is None:
+            for handle in self.handles:
+                handle.wait()  # CUDA: the next packing must stand behind this send on the stream; no host waits
         if self.frame is not None and self.known is not None:
             self.known.spare.append(self.frame)
 
@@ -178,7 +179,8 @@ class Outlet:
         size = 1 if transport.shard is None else transport.shard.size
         device = transport.device if layout.is_cuda and transport.carries_cuda() else "cpu"
         length = ALIGNMENT + size * wire.share_bytes(layout, size)
-        return Frame(layout, torch.empty(length, dtype=torch.uint8, device=device))
+        with torch.inference_mode(False):  # a frame first used under inference mode is used again in training
+            return Frame(layout, torch.empty(length, dtype=torch.uint8, device=device))
 
     def _send_unusual(self, known: _Known, key: Key, rows: int, leaves: list[Tensor]) -> None:
         """Everything but the steady state: something to describe, a long frame, CUDA memory, a tensor group's share."""
@@ -286,10 +288,12 @@ class Inlet:
         return mail.pop(key)
 
     def _receive_next(self) -> None:
-        if not self._posted:
-            self.post()
-        buffer, handle = self._posted.popleft()
         try:
+            if self._posted:
+                buffer, handle = self._posted.popleft()
+            else:
+                buffer = torch.empty(self._slot, dtype=torch.uint8)
+                handle = self._slots(buffer)
             handle.wait()
         except RuntimeError as error:
             raise ConnectionLost(self._sender, "receiving from") from error

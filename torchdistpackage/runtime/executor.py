@@ -107,7 +107,7 @@ class Executor:
         self._program = compile_program(plan, transport.rank, transport.receives_ahead)
         count = plan.placement.num_stages
         self._stages = {index: Stage(index, count) for index in plan.placement.local_stages(transport.rank)}
-        self._handlers = {
+        handlers = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
             Op.SEND_F: self._send_forward,
@@ -116,6 +116,7 @@ class Executor:
             Op.RECV_B: self._post,
             Op.REDUCE_GRAD: self._reduce,
         }
+        self._steps = [(handlers[at.op], at) for at in self._program.instructions]
 
     def run(
         self,
@@ -142,13 +143,12 @@ class Executor:
                 with the plan's marked grid as a note; every other rank then raises `PipelineError`.
         """
         at: Instruction | None = None
-        handlers = self._handlers
         try:
             self._begin(work, mean=mean, signature=signature, wire_dtype=wire_dtype, shard=shard)
             if around is not None:
                 around.begin_step(self.transport, training=not self.plan.forward_only)
-            for at in self._program.instructions:
-                handlers[at.op](at)
+            for handle, at in self._steps:
+                handle(at)
             at = None
             if around is not None:
                 around.end_step(self.transport)
@@ -159,7 +159,9 @@ class Executor:
             self._fail(error, at)
         sizes = microbatch_sizes(self._rows, self.plan.num_microbatches)[: self._filled]
         weights = [self._weight(size) for size in sizes]
-        return StepResult([self._outputs[i] for i in sorted(self._outputs)], weights, self._rows)
+        result = StepResult([self._outputs[i] for i in sorted(self._outputs)], weights, self._rows)
+        self._forget()
+        return result
 
     # --- begin and end ------------------------------------------------------------------------------------------------
 
@@ -209,6 +211,12 @@ class Executor:
         if self._local:
             raise TransportError(f"the step ended with results that nobody took: {sorted(self._local)}")
 
+    def _forget(self) -> None:
+        """Lets go of everything that belongs to the user: between steps the executor holds nothing."""
+        self._own, self._outputs, self._local = {}, {}, {}
+        for stage in self._stages.values():
+            stage.end_step()
+
     def _weight(self, size: int) -> float:
         return size / self._rows if self._mean else 1.0
 
@@ -240,11 +248,11 @@ class Executor:
         else:
             output = stage.forward(i, message, self._own[at.stage].microbatches[i], only=self._filled == 1)
             if stage.is_last:
-                self._outputs[i] = _detached(output) if not self.plan.forward_only else output
+                self._outputs[i] = output if self.plan.forward_only else _detached(output)
                 return
             result = stage.flatten(i, output)
         if not stage.is_last:
-            self._keep(Kind.FORWARD, at.stage, i, result, self.plan.placement.owner(at.stage + 1))
+            self._pass_on(at, Kind.FORWARD, result, at.stage + 1)
 
     def _backward(self, at: Instruction) -> None:
         stage, i = self._stages[at.stage], at.microbatch
@@ -259,24 +267,26 @@ class Executor:
             found = stage.backward(i, gradients, weight, last=i == self._last_backward[at.stage])
             result = Output(*wire.flatten(found[0] if len(found) == 1 else found))
         if at.stage > 0:
-            self._keep(Kind.BACKWARD, at.stage, i, result, self.plan.placement.owner(at.stage - 1))
+            self._pass_on(at, Kind.BACKWARD, result, at.stage - 1)
 
-    def _keep(self, kind: Kind, stage: int, microbatch: int, result: Output | None, owner: int) -> None:
-        """Keeps a result for its SEND, or as a message for another stage of this rank."""
-        kept: Any = result
-        if owner == self.transport.rank:
-            kept = _hand_over(result, self._rows, training=not self.plan.forward_only)
-        self._local[kind, stage, microbatch] = kept
+    def _pass_on(self, at: Instruction, kind: Kind, result: Output | None, to_stage: int) -> None:
+        """Sends a result, keeps it for a SEND that comes later, or hands it to another stage of this rank."""
+        if at.send_to >= 0:
+            self._send(at, at.send_to, kind, result)
+        elif self.plan.placement.owner(to_stage) == self.transport.rank:
+            message = _hand_over(result, self._rows, training=not self.plan.forward_only)
+            self._local[kind, at.stage, at.microbatch] = message
+        else:
+            self._local[kind, at.stage, at.microbatch] = result
 
     def _send_forward(self, at: Instruction) -> None:
-        self._send(at, Kind.FORWARD)
+        self._send(at, at.peer, Kind.FORWARD, self._local.pop((Kind.FORWARD, at.stage, at.microbatch)))
 
     def _send_backward(self, at: Instruction) -> None:
-        self._send(at, Kind.BACKWARD)
+        self._send(at, at.peer, Kind.BACKWARD, self._local.pop((Kind.BACKWARD, at.stage, at.microbatch)))
 
-    def _send(self, at: Instruction, kind: Kind) -> None:
-        result: Output | None = self._local.pop((kind, at.stage, at.microbatch))
-        outlet = self.transport.outlet(at.peer)
+    def _send(self, at: Instruction, receiver: int, kind: Kind, result: Output | None) -> None:
+        outlet = self.transport.outlet(receiver)
         if result is None:
             outlet.send_empty(kind, at.stage, at.microbatch, self._rows)
         else:
@@ -294,6 +304,7 @@ class Executor:
         for stage in self._stages.values():
             if stage.reducer is not None:
                 stage.reducer.cancel()
+        self._forget()
         grid = ""
         if at is not None:
             mark = (self.transport.rank, at.position)

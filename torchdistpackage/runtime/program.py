@@ -20,6 +20,8 @@ __all__ = ["Instruction", "Program", "compile_program"]
 Key = tuple[int, int, int]  # kind, the sender's stage, micro-batch
 
 _BACKWARD_OPS = (Op.BACKWARD, Op.INPUT_GRAD)
+_SENDS = (Op.SEND_F, Op.SEND_B)
+_RECEIVES = (Op.RECV_F, Op.RECV_B)
 
 
 class Instruction(NamedTuple):
@@ -31,6 +33,8 @@ class Instruction(NamedTuple):
         microbatch: Which micro-batch; -1 for `REDUCE_GRAD`.
         peer: The rank at the other end: of a send or receive, and for compute the rank that the input comes from
             (this rank itself for a hand-over, -1 where nothing comes in).
+        send_to: For compute, the rank that the result goes to at once; -1 where it stays, or a SEND of its own follows
+            later.
         proves: Messages (receiver, key) of this rank that have been taken by the time this input has arrived.
         position: Place in the rank's action list, for the marked grid.
     """
@@ -39,6 +43,7 @@ class Instruction(NamedTuple):
     stage: int
     microbatch: int
     peer: int
+    send_to: int
     proves: tuple[tuple[int, Key], ...]
     position: int
 
@@ -73,21 +78,29 @@ def compile_program(plan: Plan, rank: int, receives_ahead: int) -> Program:
     row = plan.actions[rank]
     order = _hoist_receives(row, receives_ahead)
     proofs = _proofs(plan, rank)
-    instructions = tuple(
-        Instruction(
-            action.op,
-            action.stage,
-            -1 if action.microbatch is None else action.microbatch,
-            _peer(plan, action),
-            proofs.get(action, ()),
-            index,
+    instructions: list[Instruction] = []
+    for (index, action), (_, following) in zip(order, [*order[1:], (0, None)], strict=True):
+        before = instructions[-1] if instructions else None
+        if before is not None and before.send_to >= 0 and action.op in _SENDS and before.position == index - 1:
+            continue  # goes out together with its compute action
+        if action.op in _RECEIVES and following is not None and _is_use(action, following):
+            continue  # an input that is needed at once is posted by whoever takes it
+        sends_at_once = following is not None and following.op in _SENDS and following[::2] == action[::2]
+        instructions.append(
+            Instruction(
+                action.op,
+                action.stage,
+                -1 if action.microbatch is None else action.microbatch,
+                _peer(plan, action),
+                _peer(plan, following) if sends_at_once and following is not None and action.op.is_compute else -1,
+                proofs.get(action, ()),
+                index,
+            )
         )
-        for index, action in order
-    )
     way = _token_way(plan)
     place = way.index(rank)
     return Program(
-        instructions,
+        tuple(instructions),
         way[place - 1] if place > 0 else None,
         way[place + 1] if place + 1 < len(way) else None,
         {
@@ -101,17 +114,24 @@ def compile_program(plan: Plan, rank: int, receives_ahead: int) -> Program:
 
 def _hoist_receives(row: tuple[Action, ...], ahead: int) -> list[tuple[int, Action]]:
     """Moves each receive in front of the compute action `ahead` places before the one that it stands at."""
-    slots: list[list[tuple[int, Action]]] = [[]]  # slot c: receives, then what belongs to compute action c
+    slots: list[list[tuple[int, Action]]] = [[]]  # slot c: the sends of compute action c - 1, then action c
     receives: list[list[tuple[int, Action]]] = [[]]
     for index, action in enumerate(row):
-        if action.op in (Op.RECV_F, Op.RECV_B):
+        if action.op in _RECEIVES:
             receives[max(0, len(slots) - 1 - ahead)].append((index, action))
             continue
         slots[-1].append((index, action))
         if action.op.is_compute:
             slots.append([])
             receives.append([])
-    return [cell for early, slot in zip(receives, slots, strict=True) for cell in (*early, *slot)]
+    # Within a slot: first the sends of the compute action before, then receives, then the compute action.
+    return [cell for early, slot in zip(receives, slots, strict=True) for cell in (*slot[:-1], *early, *slot[-1:])]
+
+
+def _is_use(receive: Action, action: Action) -> bool:
+    """Whether a compute action takes exactly this message."""
+    ops = (Op.FORWARD,) if receive.op is Op.RECV_F else _BACKWARD_OPS
+    return action.op in ops and action.stage == receive.stage and action.microbatch == receive.microbatch
 
 
 def _peer(plan: Plan, action: Action) -> int:

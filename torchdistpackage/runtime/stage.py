@@ -75,14 +75,19 @@ class Stage:
         self.index = index
         self.is_last = index == num_stages - 1
         self._saved: dict[int, _Saved] = {}
+        self.end_step()
 
     def begin_step(
         self, forward_fn: ForwardFn, backward_fn: BackwardFn | None, reducer: GradientReducer | None, *, training: bool
     ) -> None:
-        """Takes the user's functions for this step; what a failed step left behind is dropped."""
+        """Takes the user's functions for this step."""
         self._forward_fn, self._backward_fn, self._training = forward_fn, backward_fn, training
         self.reducer = reducer if training else None
         self._watched = False
+
+    def end_step(self) -> None:
+        """Lets go of the user's functions, and of what a failed step left behind."""
+        self._forward_fn, self._backward_fn, self.reducer = _no_step, None, None
         self._saved.clear()
 
     def forward(self, microbatch: int, message: Message | None, own: list[Any], *, only: bool) -> Any:
@@ -164,6 +169,10 @@ class Stage:
                 "or freeze its parameters"
             )
         return result
+
+
+def _no_step(_: Any) -> Any:
+    raise AssertionError("a stage runs outside of a step")
 
 
 def _received(message: Message, leaves: list[Tensor]) -> list[Any]:
