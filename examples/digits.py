@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 NUM_CLASSES = 10
-TURN = math.radians(8)  # at most, either way
-SCALE = 0.08  # 0.92 to 1.08 times the size
-MOVE = 0.1  # of half the width: 1.6 pixels of 32
+TURN = math.radians(12)  # at most, either way
+SCALE = 0.12  # 0.88 to 1.12 times the size
+MOVE = 0.16  # of half the width: 2.5 pixels of 32
 
 
 class Digits(Dataset[tuple[Tensor, Tensor]]):
