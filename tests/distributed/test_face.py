@@ -371,3 +371,48 @@ def autocast_step(rank, world):
 
 def test_autocast_and_a_dtype_on_the_wire():
     run_distributed(autocast_step, 2)
+
+
+def one_replica(rank, world, options):
+    start(pipe=2)
+    reference = make_layers()
+    stage = nn.Sequential(*partition_uniform(list(copy.deepcopy(reference))))
+    part = nn.Sequential(*partition_uniform(list(reference), num_stages=2, stage=tpc.get_pp_rank()))
+    wrapped = DistributedDataParallel(stage, process_group=tpc.get_group("data"), **options)
+    for _ in range(2):
+        x, y = torch.randn(9, 6).double(), torch.randn(9, 6).double()
+        reference.zero_grad()
+        wrapped.zero_grad()
+        mse(reference(x), y).backward()
+        forward_backward(fwd_fn=loss_step(wrapped), inputs=own_inputs(x, y), num_microbatches=4)
+        assert close(stage.parameters(), part.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}], ids=str)
+def test_a_wrapper_around_the_only_replica(options):
+    run_distributed(one_replica, 2, options)
+
+
+def eight_ranks(rank, world):
+    start(pipe=4)
+    reference = make_layers(5)
+    stage = nn.Sequential(*partition_uniform(list(copy.deepcopy(reference))))
+    part = nn.Sequential(*partition_uniform(list(reference), num_stages=4, stage=tpc.get_pp_rank()))
+    wrapped = DDP(stage)
+    x, y = torch.randn(2, 7, 6).double(), torch.randn(2, 7, 6).double()
+    for j in range(2):
+        (mse(reference(x[j]), y[j]) / 2).backward()
+    d = tpc.get_dp_rank()
+    forward_backward(fwd_fn=loss_step(wrapped), inputs=own_inputs(x[d], y[d]), num_microbatches=5)
+    assert close(stage.parameters(), part.parameters())
+    assert torch.allclose(
+        clip_grad_norm_(wrapped.parameters(), 1e9), nn.utils.get_total_norm(reference_grads(reference))
+    )
+
+
+def reference_grads(model):
+    return [p.grad for p in model.parameters()]
+
+
+def test_four_stages_and_two_replicas():
+    run_distributed(eight_ranks, 8)

@@ -173,7 +173,9 @@ def _chunks(plan: Plan, rank: int, fwd_fn: Any, bwd_fn: Any, inputs: Any, data_p
             f"rank {rank} runs {count} stage(s) under schedule {plan.name!r}: fwd_fn must be {count} function(s) and "
             f"inputs must have {count} entries"
         )
-    searching = data_parallel is None and dist.is_initialized() and dist.get_world_size() > plan.placement.num_ranks
+    # Without replicas there is nothing to find, except for a wrapper around the one replica of a "data" dimension.
+    replicas = tpc._is_inited("data") or (dist.is_initialized() and dist.get_world_size() > plan.placement.num_ranks)
+    searching = data_parallel is None and replicas
     modules = None
     if data_parallel is not None:
         modules = list(data_parallel) if isinstance(data_parallel, (list, tuple)) else [data_parallel]
