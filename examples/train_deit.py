@@ -346,6 +346,8 @@ def main():
     for heading in ("epoch", "train loss", "test loss", "top-1", "top-5", "seconds"):
         table.add_column(heading, justify="right")
     start = load_checkpoint(args, run)
+    if run["owns_loss"] and args.log_losses and not start:
+        open(args.log_losses, "w").close()  # a new run, a new file; a resumed one goes on with its own
     for epoch in range(start, min(args.epochs, start + (args.stop_after or args.epochs))):
         began = time.time()
         losses = train_one_epoch(args, run, epoch)
