@@ -90,6 +90,7 @@ class Outlet:
         self._recent: dict[tuple[int, int], _Known] = {}  # (kind, stage) -> the layout of its last message
         self._count = 0
         self._under_way: dict[Key, _Sent] = {}
+        self._last_values: list[_Sent] = []
         self._told: set[int] = set()  # signatures whose text the other side has
 
     def begin_step(self) -> None:
@@ -154,10 +155,22 @@ class Outlet:
             sent.take_back()
 
     def release_all(self) -> None:
-        """Takes back the memory of all messages: the step is over on every rank."""
-        for sent in self._under_way.values():
+        """Takes back the memory of all messages of the plan: the step is over on every rank.
+
+        A send that is let go of before the other side has taken it is lost on gloo. What is exchanged outside of the
+        plan (values) has not been taken for certain before the *next* step is over, so it is kept until then.
+        """
+        for sent in self._last_values:
             sent.take_back()
+        self._last_values = [sent for key, sent in self._under_way.items() if key[0] == Kind.VALUE]
+        for key, sent in self._under_way.items():
+            if key[0] != Kind.VALUE:
+                sent.take_back()
         self._under_way = {}
+
+    def outstanding(self) -> list[Handle]:
+        """Sends that the other side may not have taken yet."""
+        return [handle for sent in (*self._last_values, *self._under_way.values()) for handle in sent.handles]
 
     def _find(self, leaves: list[Any], spec: TreeSpec | None) -> _Known:
         """The layout of these leaves; a new one gets a number."""

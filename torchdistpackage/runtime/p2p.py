@@ -18,7 +18,11 @@ polls: every wait is for a message that either comes, is replaced by a failure f
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import threading
 import time
+import weakref
 from typing import Any, final
 
 import torch
@@ -62,6 +66,7 @@ class DistributedTransport(Transport):
         self._store_prefix = f"torchdistpackage/{'-'.join(map(str, ranks))}/{number}"
         if edges is not None:
             self._connect()
+        atexit.register(_let_sends_finish, weakref.ref(self))
 
     def sender(self, receiver: int, *, bulk: bool = False) -> Mover:
         """Starts sends to a rank; CUDA buffers go over NCCL."""
@@ -126,6 +131,22 @@ class DistributedTransport(Transport):
                     hello = torch.zeros(1, dtype=torch.uint8, device=self.device)
                     end = self.sender(receiver, bulk=True) if self.rank == sender else self.receiver(sender, bulk=True)
                     end(hello).wait()
+
+
+def _let_sends_finish(reference: weakref.ref[DistributedTransport]) -> None:
+    """At the end of the process: the last messages of the last step may still wait for a slower rank to take them."""
+    transport = reference()
+    handles = [] if transport is None else [h for o in transport._outlets.values() for h in o.outstanding()]
+
+    def wait() -> None:
+        with contextlib.suppress(RuntimeError):  # that rank is gone and needs nothing any more
+            for handle in handles:
+                handle.wait()
+
+    if handles:
+        waiter = threading.Thread(target=wait, daemon=True)
+        waiter.start()
+        waiter.join(_PATIENCE)
 
 
 class TensorGroupShard:
