@@ -8,6 +8,7 @@ from torchdistpackage.schedule.lowering import add_communication, add_reduce_gra
 from torchdistpackage.schedule.placement import Placement
 from torchdistpackage.schedule.plan import Plan
 from torchdistpackage.schedule.registry import build, canonical_name, names
+from torchdistpackage.schedule.timeline import Span, Timeline
 from torchdistpackage.schedule.verify import peak_activations, verify
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "Op",
     "Placement",
     "Plan",
+    "Span",
+    "Timeline",
     "add_communication",
     "add_reduce_grad",
     "build",
