@@ -30,7 +30,7 @@ def test_plans_are_hashable_and_cached():
 def test_facts_of_a_plan():
     plan = build("1f1b", 2, 3)
     assert (plan.num_microbatches, plan.forward_only, plan.has_communication) == (3, False, True)
-    assert plan.signature == "schedule '1f1b', training, 3 micro-batches, 2 ranks x 1 chunks"
+    assert plan.signature.startswith("schedule '1f1b', training, 3 micro-batches, 2 ranks, 2 stages, checksum ")
 
 
 @pytest.mark.parametrize(

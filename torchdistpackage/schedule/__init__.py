@@ -4,7 +4,14 @@ recipe (compute order) -> lowering (messages, reductions) -> verify (proof) -> r
 """
 
 from torchdistpackage.schedule.action import Action, Op
-from torchdistpackage.schedule.lowering import add_communication, add_reduce_grad, forward_only
+from torchdistpackage.schedule.lowering import (
+    add_communication,
+    add_reduce_grad,
+    forward_only,
+    merge_backwards,
+    split_backwards,
+    without_communication,
+)
 from torchdistpackage.schedule.placement import Placement
 from torchdistpackage.schedule.plan import Plan
 from torchdistpackage.schedule.registry import build, canonical_name, names
@@ -23,7 +30,10 @@ __all__ = [
     "build",
     "canonical_name",
     "forward_only",
+    "merge_backwards",
     "names",
     "peak_activations",
+    "split_backwards",
     "verify",
+    "without_communication",
 ]

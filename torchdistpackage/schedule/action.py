@@ -44,16 +44,18 @@ class Op(str, enum.Enum):
     RECV_B = "RECV_B"
     REDUCE_GRAD = "REDUCE_GRAD"
 
-    @property
-    def is_compute(self) -> bool:
-        """Whether the action runs the user's model (forward or any kind of backward)."""
-        return self in COMPUTE
+    is_compute: bool
+    """Whether the action runs the user's model (forward or any kind of backward)."""
+
+    number: int
+    """Position in this list: a small integer for tables and checksums."""
 
     # Plans of 100,000 actions are built and compared: identity is enough and far cheaper than str's hash of a value.
     __hash__ = object.__hash__
 
 
-COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD, Op.INPUT_GRAD, Op.WEIGHT_GRAD})
+for _number, _op in enumerate(Op):
+    _op.is_compute, _op.number = len(_op.value) == 1, _number
 _PATTERN = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|REDUCE_GRAD|F|B|I|W)(\d*)")
 
 

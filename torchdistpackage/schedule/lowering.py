@@ -6,21 +6,33 @@
     add_communication 0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0F2 0SEND_F2 0RECV_B1 0B1 0RECV_B2 0B2
     add_reduce_grad   ... 0B2 0REDUCE_GRAD
     forward_only      0F0 0F1 0F2
+    merge_backwards   ... 0I0 0W0 ...  ->  ... 0B0 ...          split_backwards: the other way round
 
 Neighbours: `registry.py` strings the passes together, `verify.py` judges what comes out.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 
+from torchdistpackage.errors import ScheduleError
 from torchdistpackage.schedule.action import Action, Op
 from torchdistpackage.schedule.plan import Plan
 
-__all__ = ["add_communication", "add_reduce_grad", "forward_only"]
+__all__ = [
+    "add_communication",
+    "add_reduce_grad",
+    "forward_only",
+    "merge_backwards",
+    "split_backwards",
+    "without_communication",
+]
 
-_GRAD_TO_INPUT = (Op.BACKWARD, Op.INPUT_GRAD)
 _GRAD_TO_WEIGHT = (Op.BACKWARD, Op.WEIGHT_GRAD)
+_COMMUNICATION = (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B)
+_new = tuple.__new__  # half the price of Action(...), which counts at 400,000 actions
 
 
 def forward_only(plan: Plan) -> Plan:
@@ -33,8 +45,59 @@ def forward_only(plan: Plan) -> Plan:
     return plan.with_actions([action for action in row if action.op is Op.FORWARD] for row in plan.actions)
 
 
+def without_communication(plan: Plan) -> Plan:
+    r"""Leaves out what `add_communication` and `add_reduce_grad` add.
+
+    Example:
+        >>> print(without_communication(add_communication(Plan.from_text("0F0 0B0 \n 1F0 1B0"))).to_text())
+        rank 0: 0F0 0B0
+        rank 1: 1F0 1B0
+    """
+    return plan.with_actions([action for action in row if action.op.is_compute] for row in plan.actions)
+
+
+def split_backwards(plan: Plan) -> Plan:
+    """Writes every whole backward as the gradient of the input followed by that of the weights.
+
+    Example:
+        >>> split_backwards(Plan.from_text("0F0 0B0")).to_text()
+        'rank 0: 0F0 0I0 0W0'
+    """
+
+    def split(row: tuple[Action, ...]) -> Iterator[Action]:
+        for action in row:
+            if action.op is Op.BACKWARD:
+                yield Action(action.stage, Op.INPUT_GRAD, action.microbatch)
+                yield Action(action.stage, Op.WEIGHT_GRAD, action.microbatch)
+            else:
+                yield action
+
+    return plan.with_actions(split(row) for row in plan.actions)
+
+
+def merge_backwards(plan: Plan) -> Plan:
+    """Writes an input gradient that is followed at once by its weight gradient as a whole backward.
+
+    Saves the cost of splitting; the stage before then waits for the weights, too. Comes before `add_communication`.
+
+    Example:
+        >>> merge_backwards(Plan.from_text("0F0 0F1 0I0 0W0 0I1 0W1")).to_text()
+        'rank 0: 0F0 0F1 0B0 0B1'
+    """
+    rows = []
+    for row in plan.actions:
+        merged: list[Action] = []
+        for action in row:
+            if action.op is Op.WEIGHT_GRAD and merged and merged[-1] == action._replace(op=Op.INPUT_GRAD):
+                merged[-1] = action._replace(op=Op.BACKWARD)
+            else:
+                merged.append(action)
+        rows.append(merged)
+    return plan.with_actions(rows)
+
+
 def add_reduce_grad(plan: Plan) -> Plan:
-    """Puts `REDUCE_GRAD` behind the last action of each stage that touches weight gradients.
+    """Puts `REDUCE_GRAD` behind the last action of each stage that touches weight gradients, where it is not yet.
 
     Example:
         >>> add_reduce_grad(Plan.from_text("0F0 0F1 0B0 0B1")).to_text()
@@ -42,12 +105,15 @@ def add_reduce_grad(plan: Plan) -> Plan:
     """
     rows = []
     for row in plan.actions:
-        last = {action.stage: index for index, action in enumerate(row) if action.op in _GRAD_TO_WEIGHT}
-        lowered: list[Action] = []
-        for index, action in enumerate(row):
-            lowered.append(action)
-            if last.get(action.stage) == index:
-                lowered.append(Action(action.stage, Op.REDUCE_GRAD, None))
+        last: dict[int, int] = {}
+        for index, (stage, op, _) in enumerate(row):
+            if op in _GRAD_TO_WEIGHT:
+                last[stage] = index
+        present = {stage for stage, op, _ in row if op is Op.REDUCE_GRAD}
+        lowered = list(row)
+        for stage, index in sorted(last.items(), key=lambda item: -item[1]):
+            if stage not in present:
+                lowered.insert(index + 1, Action(stage, Op.REDUCE_GRAD, None))
         rows.append(lowered)
     return plan.with_actions(rows)
 
@@ -57,63 +123,71 @@ def add_communication(plan: Plan) -> Plan:
 
     Hops between two stages of one rank stay without messages. On each directed edge between two ranks the receives
     stand in the order of the sends, because a NCCL communicator is one FIFO; where the order of use differs, the
-    receive of the earlier-sent message moves forward to make room.
+    receive of the earlier-sent message moves forward to make room. Cost: about 1 us an action.
+
+    Raises:
+        ScheduleError: The plan has communication already.
 
     Example:
         >>> print(add_communication(Plan.from_text("0F0 0B0 \n 1F0 1B0")).to_text())
         rank 0: 0F0 0SEND_F0 0RECV_B0 0B0
         rank 1: 1RECV_F0 1F0 1B0 1SEND_B0
     """
-    sends = {action: _send_after(plan, action) for row in plan.actions for action in row}
-    queues: dict[tuple[int, int], list[Action]] = defaultdict(list)  # (sender, receiver) -> receives in send order
-    for rank, row in enumerate(plan.actions):
-        for action in row:
-            send = sends[action]
-            if send is not None:
-                receive = _matching_receive(send)
-                queues[rank, plan.placement.owner(receive.stage)].append(receive)
-    receives: list[dict[int, list[Action]]] = [defaultdict(list) for _ in plan.actions]
-    uses = [{_receive_before(action): index for index, action in enumerate(row)} for row in plan.actions]
-    for (_, receiver), queue in queues.items():
-        position = len(plan.actions[receiver])
-        for receive in reversed(queue):
-            # A receive stands right before its use, or earlier if a later-sent message is used before it.
-            position = min(position, uses[receiver].get(receive, position))
-            receives[receiver][position].append(receive)
+    if plan.has_communication:
+        raise ScheduleError(f"plan {plan.name!r} has communication already; without_communication(plan) removes it")
+    arrivals = _receives(plan)
+    up, down = neighbours(plan)
+    send_f, send_b, forward, weight = Op.SEND_F, Op.SEND_B, Op.FORWARD, Op.WEIGHT_GRAD
     rows = []
-    for rank, row in enumerate(plan.actions):
+    for row, arriving in zip(plan.actions, arrivals, strict=True):
         lowered: list[Action] = []
+        append = lowered.append
         for index, action in enumerate(row):
-            lowered.extend(reversed(receives[rank].get(index, [])))
-            lowered.append(action)
-            send = sends[action]
-            if send is not None:
-                lowered.append(send)
+            if index in arriving:
+                lowered.extend(reversed(arriving[index]))
+            append(action)
+            stage, op, i = action
+            if op is forward:
+                if up[stage] >= 0:
+                    append(_new(Action, (stage, send_f, i)))
+            elif op is not weight and i is not None and down[stage] >= 0:
+                append(_new(Action, (stage, send_b, i)))
         rows.append(lowered)
     return plan.with_actions(rows)
 
 
-def _send_after(plan: Plan, action: Action) -> Action | None:
-    """The send that the result of a compute action needs; None when it stays on the rank or has no taker."""
-    stage, owner = action.stage, plan.placement.owners
-    if action.op is Op.FORWARD and stage + 1 < len(owner) and owner[stage + 1] != owner[stage]:
-        return Action(stage, Op.SEND_F, action.microbatch)
-    if action.op in _GRAD_TO_INPUT and stage > 0 and owner[stage - 1] != owner[stage]:
-        return Action(stage, Op.SEND_B, action.microbatch)
-    return None
+def neighbours(plan: Plan) -> tuple[list[int], list[int]]:
+    """For every stage the rank of the stage above and below it, or -1 where no message is needed."""
+    owners = plan.placement.owners
+    pairs = list(itertools.pairwise(owners))
+    return [*(b if a != b else -1 for a, b in pairs), -1], [-1, *(a if a != b else -1 for a, b in pairs)]
 
 
-def _matching_receive(send: Action) -> Action:
-    """2SEND_F0 is met by 3RECV_F0, 2SEND_B0 by 1RECV_B0."""
-    if send.op is Op.SEND_F:
-        return Action(send.stage + 1, Op.RECV_F, send.microbatch)
-    return Action(send.stage - 1, Op.RECV_B, send.microbatch)
-
-
-def _receive_before(action: Action) -> Action | None:
-    """The receive that would feed a compute action, whether or not the plan needs one."""
-    if action.op is Op.FORWARD:
-        return Action(action.stage, Op.RECV_F, action.microbatch)
-    if action.op in _GRAD_TO_INPUT:
-        return Action(action.stage, Op.RECV_B, action.microbatch)
-    return None
+def _receives(plan: Plan) -> list[dict[int, list[Action]]]:
+    """For every rank: index in its list -> the receives that stand before it, last one first."""
+    up, down = neighbours(plan)
+    count = plan.num_microbatches
+    forward, weight, recv_f, recv_b = Op.FORWARD, Op.WEIGHT_GRAD, Op.RECV_F, Op.RECV_B
+    # Where each (stage, micro-batch) is used; a result that nobody uses is received at the end, and rejected later.
+    use: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    queues: dict[tuple[int, int], list[Action]] = defaultdict(list)  # (sender, receiver) -> receives in send order
+    for rank, row in enumerate(plan.actions):
+        for index, (stage, op, i) in enumerate(row):
+            if i is None or op is weight:
+                continue
+            use[op is not forward][stage * count + i] = index
+            receiver = up[stage] if op is forward else down[stage]
+            if receiver >= 0:
+                about = (stage + 1, recv_f, i) if op is forward else (stage - 1, recv_b, i)
+                queues[rank, receiver].append(_new(Action, about))
+    receives: list[dict[int, list[Action]]] = [{} for _ in plan.actions]
+    for (_, receiver), queue in queues.items():
+        position, before = len(plan.actions[receiver]), receives[receiver]
+        for receive in reversed(queue):
+            # A receive stands right before its use, or earlier if a later-sent message is used before it.
+            stage, op, i = receive
+            found = use[op is recv_b].get(stage * count + (i or 0), position)
+            if found < position:
+                position = found
+            before.setdefault(position, []).append(receive)
+    return receives

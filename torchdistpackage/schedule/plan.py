@@ -6,8 +6,9 @@ and printed when something fails. As text, 1F1B on two ranks with three micro-ba
     rank 0: 0F0 0F1 0B0 0F2 0B1 0B2
     rank 1: 1F0 1B0 1F1 1B1 1F2 1B2
 
-As CSV the same without the names: one line a rank, one cell an action, empty cells allowed (torch's files read as
-they are).
+As CSV the same without the names: one line a rank, one cell an action, empty cells allowed. The files that
+`torch.distributed.pipelining` writes read as they are: an overlapped pair `(2F1;5B0)OVERLAP_F_B` is its two actions in
+that order, and what torch notes of sharding and of waiting has no counterpart here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import zlib
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +29,9 @@ from torchdistpackage.schedule.placement import Placement
 __all__ = ["Plan"]
 
 ActionLists = tuple[tuple[Action, ...], ...]
+
+_OVERLAPPED = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
+_FOREIGN = re.compile(r"\d+(UNSHARD|RESHARD|WAIT_SEND_[FB]|WAIT_REDUCE_GRAD)\d*")
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,24 @@ class Plan:
         return any(action.op in (Op.SEND_F, Op.SEND_B) for row in self.actions for action in row)
 
     @cached_property
+    def fingerprint(self) -> int:
+        """A checksum of every action of every rank, the same in every process."""
+        crc = zlib.crc32(repr(self.placement.owners).encode())
+        for row in self.actions:
+            numbers = array("q")
+            for stage, op, i in row:
+                numbers.extend((stage, op.number, -1 if i is None else i))
+            crc = zlib.crc32(numbers.tobytes(), crc)
+        return crc
+
+    @cached_property
     def signature(self) -> str:
         """What two ranks must agree on before they exchange the first byte, readable in an error message."""
-        p, v = self.placement.num_ranks, self.placement.num_stages // self.placement.num_ranks
         kind = "forward only" if self.forward_only else "training"
-        return f"schedule {self.name!r}, {kind}, {self.num_microbatches} micro-batches, {p} ranks x {v} chunks"
+        return (
+            f"schedule {self.name!r}, {kind}, {self.num_microbatches} micro-batches, {self.placement.num_ranks} ranks, "
+            f"{self.placement.num_stages} stages, checksum {self.fingerprint:08x}"
+        )
 
     def with_actions(self, actions: Iterable[Iterable[Action]]) -> Plan:
         """The same plan with other action lists: what every pass of `lowering.py` returns."""
@@ -110,7 +129,7 @@ class Plan:
             assert match is not None
             if match[1] is not None and int(match[1]) != len(rows):
                 raise ScheduleError(f"expected the line of rank {len(rows)}, found {line.strip()!r}")
-            rows.append([Action.parse(word) for word in match[2].split()])
+            rows.append([action for word in match[2].split() for action in _read_cell(word)])
         return cls._from_rows(rows, name)
 
     def to_csv(self) -> str:
@@ -126,7 +145,7 @@ class Plan:
         Raises:
             ScheduleError: A cell is not an action, or a stage sits on two ranks.
         """
-        rows = [[Action.parse(cell) for cell in row if cell.strip()] for row in csv.reader(io.StringIO(text)) if row]
+        rows = [[a for cell in row for a in _read_cell(cell)] for row in csv.reader(io.StringIO(text)) if row]
         return cls._from_rows(rows, name)
 
     @classmethod
@@ -141,6 +160,14 @@ class Plan:
         placement = Placement(len(rows), tuple(owner[stage] for stage in range(len(owner))))
         count = 1 + max(action.microbatch or 0 for row in rows for action in row)
         return cls(name, placement, count, tuple(map(tuple, rows)))
+
+
+def _read_cell(cell: str) -> list[Action]:
+    """The actions of one cell: usually one, none in an idle cell, two in an overlapped pair."""
+    cell = cell.strip()
+    pair = _OVERLAPPED.fullmatch(cell)
+    parts = pair[1].split(";") if pair else [cell]
+    return [Action.parse(part) for part in parts if part.strip() and not _FOREIGN.fullmatch(part.strip())]
 
 
 def _around(cells: list[str], index: int, window: int) -> list[str]:

@@ -8,21 +8,31 @@ yet. A receive waits for its send (the strictest reading, true for NCCL), a send
 - every hop between two ranks has exactly one send and one receive, in one order on each directed edge;
 - all ranks reach the end of their lists: no deadlock.
 
-Cost: once per distinct plan, about 2 us an action.
+Facts are numbers here: (kind of fact, stage, micro-batch) is one index into a byte array, so that a plan of 400,000
+actions is proved in about half a second::
+
+    0F0 makes the fact  FORWARD(0, 0)         1F0 needs it (or RECV_F(1, 0), if ranks exchange messages)
+    1B0 and 1I0 make    INPUT_GRAD(1, 0)      0B0 and 0I0 need it (or RECV_B(0, 0))
+
+Cost: once per distinct plan, about 1 us an action.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
+from typing import NamedTuple
 
 from torchdistpackage.errors import DeadlockError, ScheduleError
 from torchdistpackage.schedule.action import Action, Op
-from torchdistpackage.schedule.lowering import _matching_receive, _send_after
+from torchdistpackage.schedule.lowering import neighbours
 from torchdistpackage.schedule.plan import Plan
 
 __all__ = ["peak_activations", "verify"]
 
 _WINDOW = 6
+_OPS = tuple(Op)
+# Rows of the table of facts. B and I make the same fact, the input gradient, B and W the weight gradient.
+_FORWARD, _INPUT_GRAD, _WEIGHT_GRAD, _SEND_F, _RECV_F, _SEND_B, _RECV_B, _REDUCED = range(8)
 
 
 def verify(plan: Plan, *, max_activations: int | None = None) -> None:
@@ -79,143 +89,194 @@ def peak_activations(plan: Plan) -> tuple[int, ...]:
 
 def _check_complete(plan: Plan) -> None:
     """Every (stage, micro-batch) has its forward and its backward once, on the rank that owns the stage."""
-    count = Counter(action for row in plan.actions for action in row)
+    stages, count, owners = plan.placement.num_stages, plan.num_microbatches, plan.placement.owners
+    cells = stages * count
+    seen = bytearray(len(_OPS) * cells)
     for rank, row in enumerate(plan.actions):
-        for index, action in enumerate(row):
-            known = 0 <= action.stage < plan.placement.num_stages
-            if not known or plan.placement.owner(action.stage) != rank:
-                raise _rejected(plan, rank, index, f"{action} is on rank {rank}, which does not own its stage")
-            if action.microbatch is not None and not 0 <= action.microbatch < plan.num_microbatches:
-                raise _rejected(plan, rank, index, f"{action} is outside of the {plan.num_microbatches} micro-batches")
-            if plan.forward_only and action.op is Op.REDUCE_GRAD:
-                raise _rejected(plan, rank, index, f"{action} has no backward before it anywhere in the plan")
-            if count[action] > 1:
-                raise _rejected(plan, rank, index, f"{action} stands {count[action]} times in the plan")
-    for stage in range(plan.placement.num_stages):
-        for i in range(plan.num_microbatches):
-            forward, whole, half, weight = (
-                count[Action(stage, op, i)] for op in (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRAD, Op.WEIGHT_GRAD)
+        for index, (stage, op, i) in enumerate(row):
+            if not 0 <= stage < stages or owners[stage] != rank:
+                raise _rejected(plan, rank, index, f"{row[index]} is on rank {rank}, which does not own its stage")
+            if i is None:
+                i = 0
+            elif not 0 <= i < count:
+                raise _rejected(plan, rank, index, f"{row[index]} is outside of the {count} micro-batches")
+            fact = op.number * cells + stage * count + i
+            if seen[fact]:
+                times = sum(other.count(row[index]) for other in plan.actions)
+                raise _rejected(plan, rank, index, f"{row[index]} stands {times} times in the plan")
+            seen[fact] = 1
+    if plan.forward_only:
+        for rank, row in enumerate(plan.actions):
+            for index, action in enumerate(row):
+                if action.op is Op.REDUCE_GRAD:
+                    raise _rejected(plan, rank, index, f"{action} has no backward before it anywhere in the plan")
+    forward, whole, half, weight = (
+        seen[op.number * cells : (op.number + 1) * cells]
+        for op in (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRAD, Op.WEIGHT_GRAD)
+    )
+    if 0 in forward:
+        raise ScheduleError(f"{Action(*_cell(forward.index(0), count, Op.FORWARD))} is missing from the plan")
+    if plan.forward_only:
+        return
+    for cell in range(cells):
+        if half[cell] != weight[cell] or whole[cell] == half[cell]:
+            stage, i = divmod(cell, count)
+            raise ScheduleError(
+                f"micro-batch {i} on stage {stage} needs one B, or one I and one W; the plan has "
+                f"{whole[cell]} B, {half[cell]} I and {weight[cell]} W"
             )
-            if not forward:
-                raise ScheduleError(f"{Action(stage, Op.FORWARD, i)} is missing from the plan")
-            if not plan.forward_only and (whole, half, weight) not in ((1, 0, 0), (0, 1, 1)):
-                raise ScheduleError(
-                    f"micro-batch {i} on stage {stage} needs one B, or one I and one W; the plan has "
-                    f"{whole} B, {half} I and {weight} W"
-                )
+
+
+def _cell(cell: int, count: int, op: Op) -> Action:
+    return Action(cell // count, op, cell % count)
 
 
 def _check_edges(plan: Plan) -> None:
     """Sends meet receives: one each for every hop that needs one, in one order on each directed edge."""
-    placement = plan.placement
-    sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
-    received: dict[tuple[int, int], list[Action]] = defaultdict(list)
-    needed = {send for row in plan.actions for action in row if (send := _send_after(plan, action)) is not None}
+    placement, count = plan.placement, plan.num_microbatches
+    up, down = neighbours(plan)
+    sent: dict[tuple[int, int], list[int]] = defaultdict(list)  # a message is 2 * (its receiver's cell) + direction
+    received: dict[tuple[int, int], list[int]] = defaultdict(list)
     for rank, row in enumerate(plan.actions):
-        for index, action in enumerate(row):
-            if action.op in (Op.SEND_F, Op.SEND_B):
-                if action not in needed:
-                    raise _rejected(plan, rank, index, f"{action} sends what no other rank takes")
-                needed.remove(action)
-                receive = _matching_receive(action)
-                sent[rank, placement.owner(receive.stage)].append(receive)
-            elif action.op in (Op.RECV_F, Op.RECV_B):
-                source = action.stage + (-1 if action.op is Op.RECV_F else 1)
+        for index, (stage, op, i) in enumerate(row):
+            if op.is_compute or i is None:
+                continue
+            if op is Op.SEND_F or op is Op.SEND_B:
+                peer, to, direction = (up[stage], stage + 1, 0) if op is Op.SEND_F else (down[stage], stage - 1, 1)
+                if peer < 0 or (direction and plan.forward_only):
+                    raise _rejected(plan, rank, index, f"{row[index]} sends what no other rank takes")
+                sent[rank, peer].append(2 * (to * count + i) + direction)
+            else:
+                source, direction = (stage - 1, 0) if op is Op.RECV_F else (stage + 1, 1)
                 if not 0 <= source < placement.num_stages:
-                    raise _rejected(plan, rank, index, f"{action} has no stage to receive from")
-                received[placement.owner(source), rank].append(action)
-    if needed:
-        raise ScheduleError(f"{min(needed)} is missing: another rank needs the result")
+                    raise _rejected(plan, rank, index, f"{row[index]} has no stage to receive from")
+                received[placement.owner(source), rank].append(2 * (stage * count + i) + direction)
+    hops = sum(peer >= 0 for peer in up) * (1 if plan.forward_only else 2)
+    if sum(map(len, sent.values())) != hops * count:
+        present = {action for row in plan.actions for action in row if action.op in (Op.SEND_F, Op.SEND_B)}
+        wanted = [Action(s, Op.SEND_F, i) for s in range(len(up)) if up[s] >= 0 for i in range(count)]
+        if not plan.forward_only:
+            wanted += [Action(s, Op.SEND_B, i) for s in range(len(up)) if down[s] >= 0 for i in range(count)]
+        missing = next(action for action in wanted if action not in present)
+        raise ScheduleError(f"{missing} is missing: another rank needs the result")
     for edge in sent.keys() | received.keys():
         if sent[edge] != received[edge]:
-            pairs = zip(sent[edge] + [None], received[edge] + [None], strict=False)
-            first = next(pair for pair in pairs if pair[0] != pair[1])
+            pairs = zip([*sent[edge], -1], [*received[edge], -1], strict=False)
+            first, second = next(pair for pair in pairs if pair[0] != pair[1])
             raise ScheduleError(
                 f"on the edge from rank {edge[0]} to rank {edge[1]} the sends and the receives differ: the sender is "
-                f"at the message for {first[0]}, the receiver at {first[1]}"
+                f"at the message for {_message(first, count)}, the receiver at {_message(second, count)}"
             )
+
+
+def _message(number: int, count: int) -> Action | None:
+    return None if number < 0 else _cell(number // 2, count, Op.RECV_B if number % 2 else Op.RECV_F)
+
+
+class _Needs(NamedTuple):
+    """One rank's list as facts, entry by entry."""
+
+    makes: list[int]  # the fact that the action makes
+    also: list[int]  # a second fact that it makes (B: the weight gradient), or -1
+    first: list[int]  # a fact that it needs, or -1
+    second: list[int]  # another one, or -1
+
+
+def _needs(plan: Plan, row: tuple[Action, ...]) -> _Needs:
+    """What each action of a row makes and needs."""
+    count, cells = plan.num_microbatches, plan.placement.num_stages * plan.num_microbatches
+    last = plan.placement.num_stages - 1
+    up, down = neighbours(plan) if plan.has_communication else ([-1] * (last + 1),) * 2
+    grad, weight = _INPUT_GRAD * cells, _WEIGHT_GRAD * cells
+    send_f, recv_f, send_b, recv_b = _SEND_F * cells, _RECV_F * cells, _SEND_B * cells, _RECV_B * cells
+    makes, also, first, second = [], [-1] * len(row), [-1] * len(row), [-1] * len(row)
+    for index, (stage, op, i) in enumerate(row):
+        cell = stage * count + (i or 0)
+        if op is Op.FORWARD:
+            makes.append(cell)
+            if stage > 0:
+                first[index] = recv_f + cell if down[stage] >= 0 else cell - count
+        elif op is Op.BACKWARD or op is Op.INPUT_GRAD:
+            makes.append(grad + cell)
+            if op is Op.BACKWARD:
+                also[index] = weight + cell
+            first[index] = cell
+            if stage < last:
+                second[index] = recv_b + cell if up[stage] >= 0 else grad + cell + count
+        elif op is Op.WEIGHT_GRAD:
+            makes.append(weight + cell)
+            first[index] = grad + cell
+        elif op is Op.SEND_F:
+            makes.append(send_f + cell)
+            first[index] = cell
+        elif op is Op.RECV_F:
+            makes.append(recv_f + cell)
+            first[index] = send_f + cell - count
+        elif op is Op.SEND_B:
+            makes.append(send_b + cell)
+            first[index] = grad + cell
+        elif op is Op.RECV_B:
+            makes.append(recv_b + cell)
+            first[index] = send_b + cell + count
+        else:
+            makes.append(_REDUCED * cells + cell)
+    return _Needs(makes, also, first, second)
 
 
 def _play(plan: Plan) -> None:
     """Runs all ranks as far as they go; whoever is left is stuck."""
-    done: set[Action] = set()
+    cells = plan.placement.num_stages * plan.num_microbatches
+    done = bytearray(8 * cells + 1)
+    done[-1] = 1  # index -1, "needs nothing", is a fact
+    tables = [_needs(plan, row) for row in plan.actions]
     position = [0] * len(plan.actions)
-    waiting: dict[Action, list[int]] = defaultdict(list)  # missing action -> ranks that stopped there
-    left = _actions_left_for_reduce(plan)
+    waiting: dict[int, list[int]] = {}  # missing fact -> ranks that stopped there
     runnable = list(range(len(plan.actions)))
     while runnable:
         rank = runnable.pop()
-        row = plan.actions[rank]
-        while position[rank] < len(row):
-            action = row[position[rank]]
-            missing = _missing_input(plan, action, done, left)
-            if missing is not None:
-                waiting[missing].append(rank)
+        makes, also, first, second = tables[rank]
+        at, end = position[rank], len(makes)
+        while at < end:
+            missing = first[at] if not done[first[at]] else second[at]
+            if not done[missing] or (makes[at] >= _REDUCED * cells and (missing := _unreduced(plan, done, makes[at]))):
+                waiting.setdefault(missing, []).append(rank)
                 break
-            done.add(action)
-            if action.op in (Op.BACKWARD, Op.WEIGHT_GRAD):
-                left[action.stage] -= 1
-            position[rank] += 1
-            if action in waiting:
-                runnable.extend(waiting.pop(action))
-    stuck = {rank: needed for needed, ranks in waiting.items() for rank in ranks}
-    if stuck:
+            fact = makes[at]
+            done[fact] = 1
+            if fact in waiting:
+                runnable.extend(waiting.pop(fact))
+            if also[at] >= 0:
+                done[also[at]] = 1
+                if also[at] in waiting:
+                    runnable.extend(waiting.pop(also[at]))
+            at += 1
+        position[rank] = at
+    if waiting:
+        stuck = {rank: _name(plan, fact) for fact, ranks in waiting.items() for rank in ranks}
         _raise_stuck(plan, position, stuck)
 
 
-def _actions_left_for_reduce(plan: Plan) -> list[int]:
-    left = [0] * plan.placement.num_stages
-    for row in plan.actions:
-        for action in row:
-            if action.op in (Op.BACKWARD, Op.WEIGHT_GRAD):
-                left[action.stage] += 1
-    return left
+def _unreduced(plan: Plan, done: bytearray, reduced: int) -> int:
+    """The first weight gradient of a stage that REDUCE_GRAD still misses; 0, which is never one, if there is none."""
+    count = plan.num_microbatches
+    cells = plan.placement.num_stages * count
+    stage = (reduced - _REDUCED * cells) // count
+    begin = _WEIGHT_GRAD * cells + stage * count
+    found = done.find(0, begin, begin + count)
+    return max(found, 0)
 
 
-def _missing_input(plan: Plan, action: Action, done: set[Action], left: list[int]) -> Action | None:
-    """The first input of an action that does not exist yet."""
-    stage, op, i = action
-    last, owner = plan.placement.num_stages - 1, plan.placement.owners
-    needs: list[Action] = []
-    if op is Op.FORWARD and stage > 0:
-        by_message = plan.has_communication and owner[stage - 1] != owner[stage]
-        needs = [Action(stage, Op.RECV_F, i) if by_message else Action(stage - 1, Op.FORWARD, i)]
-    elif op in (Op.BACKWARD, Op.INPUT_GRAD):
-        needs = [Action(stage, Op.FORWARD, i)]
-        if stage < last:
-            if plan.has_communication and owner[stage + 1] != owner[stage]:
-                needs.append(Action(stage, Op.RECV_B, i))
-            elif Action(stage + 1, Op.BACKWARD, i) not in done:
-                needs.append(_input_gradient(plan, stage + 1, i))
-    elif op is Op.WEIGHT_GRAD:
-        needs = [Action(stage, Op.INPUT_GRAD, i)]
-    elif op is Op.SEND_F:
-        needs = [Action(stage, Op.FORWARD, i)]
-    elif op is Op.SEND_B:
-        needs = [_input_gradient(plan, stage, i)]
-    elif op is Op.RECV_F:
-        needs = [Action(stage - 1, Op.SEND_F, i)]
-    elif op is Op.RECV_B:
-        needs = [Action(stage + 1, Op.SEND_B, i)]
-    elif op is Op.REDUCE_GRAD and left[stage]:
-        row = plan.actions[owner[stage]]
-        ops = (Op.BACKWARD, Op.WEIGHT_GRAD)
-        needs = [a for a in row if a.stage == stage and a.op in ops and a not in done]
-    return next((need for need in needs if need not in done), None)
-
-
-def _input_gradient(plan: Plan, stage: int, microbatch: int | None) -> Action:
-    """The action that makes the input gradient: B or I, whichever the plan has for this stage."""
-    split = Action(stage, Op.INPUT_GRAD, microbatch)
-    return split if stage in _split_stages(plan) else Action(stage, Op.BACKWARD, microbatch)
-
-
-def _split_stages(plan: Plan) -> frozenset[int]:
-    cached: frozenset[int] | None = plan.__dict__.get("_split_stages")
-    if cached is None:
-        cached = frozenset(a.stage for row in plan.actions for a in row if a.op is Op.INPUT_GRAD)
-        plan.__dict__["_split_stages"] = cached
-    return cached
+def _name(plan: Plan, fact: int) -> Action:
+    """The action that makes a fact."""
+    count = plan.num_microbatches
+    cells = plan.placement.num_stages * count
+    kind, cell = divmod(fact, cells)
+    stage, i = divmod(cell, count)
+    if kind in (_INPUT_GRAD, _WEIGHT_GRAD):
+        half = Action(stage, Op.INPUT_GRAD if kind == _INPUT_GRAD else Op.WEIGHT_GRAD, i)
+        return half if any(half in row for row in plan.actions) else Action(stage, Op.BACKWARD, i)
+    ops = {_FORWARD: Op.FORWARD, _SEND_F: Op.SEND_F, _RECV_F: Op.RECV_F, _SEND_B: Op.SEND_B, _RECV_B: Op.RECV_B}
+    return Action(stage, ops[kind], i)
 
 
 def _raise_stuck(plan: Plan, position: list[int], stuck: dict[int, Action]) -> None:
