@@ -1,0 +1,333 @@
+"""How long a plan takes: every rank goes down its list, an action starts when its rank is free and its input is there.
+
+::
+
+    F = 1, I + W = 2, hop = 0.5, p = 2, m = 2 (1F1B)
+
+    rank 0 | 0F0  0F1  . . . .  0B0-----  . .  0B1-----        0F0 ends at 1, its message arrives at 1.5
+    rank 1 | . .  1F0  1B0-----  1F1  1B1-----                 1F0 starts at 1.5
+
+Messages take time on the way and none of the ranks' time; the memory of a rank is what the order of its own list says.
+The core works on numbers: an action is one index, (kind, stage, micro-batch) -> `(kind * stages + stage) * m + i`, so
+that a plan of 200,000 actions is timed in about 0.2 s. `planner.py` and `refill.py` search with the core; `Timeline` is
+built for people only. Neighbours: `plan.py` says in which order, `bounds.py` says how fast it could be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+from torchdistpackage.errors import ScheduleError
+from torchdistpackage.schedule.action import Action, Op
+from torchdistpackage.schedule.placement import Placement
+from torchdistpackage.schedule.plan import Plan
+from torchdistpackage.schedule.timeline import Span, Timeline
+from torchdistpackage.schedule.verify import verify
+
+__all__ = ["CostModel", "simulate"]
+
+Rows = list[list[int]]
+KINDS = (Op.FORWARD, Op.INPUT_GRAD, Op.BACKWARD, Op.WEIGHT_GRAD)  # kind 0, 1, 2, 3 of the core
+_new = tuple.__new__
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What each stage costs for one micro-batch.
+
+    Attributes:
+        forward: Time of F, one entry a stage, in any unit.
+        input_grad: Time of I.
+        weight_grad: Time of W.
+        backward: Time of the unsplit B; I + W if not given. On real machines B is cheaper than I and W apart.
+        hop: Latency of one message: one number, or one for each boundary between the stages s and s + 1. A hop between
+            two stages of one rank costs nothing.
+        message_bytes: Size of one message, for each boundary; needs `bandwidth`.
+        bandwidth: Bytes that travel in one unit of time.
+        activation_bytes: What a stage holds of a micro-batch, from F to its last backward (B or W); 1 if not given.
+        static_bytes: What a stage holds all the time: weights, gradients, optimizer; 0 if not given.
+        unit: Of all times: `"s"`, or `""` for none.
+
+    Raises:
+        ScheduleError: Lengths differ, or a number is negative or not finite.
+
+    Example:
+        >>> costs = CostModel((1.0, 1.0), (1.0, 1.0), (1.0, 1.5), hop=0.1, message_bytes=(40.0,), bandwidth=100.0)
+        >>> costs.backwards, costs.hops
+        ((2.0, 2.5), (0.5,))
+    """
+
+    forward: tuple[float, ...]
+    input_grad: tuple[float, ...]
+    weight_grad: tuple[float, ...]
+    backward: tuple[float, ...] | None = None
+    hop: float | tuple[float, ...] = 0.0
+    message_bytes: tuple[float, ...] | None = None
+    bandwidth: float | None = None
+    activation_bytes: tuple[float, ...] | None = None
+    static_bytes: tuple[float, ...] | None = None
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        stages = len(self.forward)
+        if stages == 0:
+            raise ScheduleError("a cost model needs at least one stage; forward is empty")
+        for name in ("forward", "input_grad", "weight_grad", "backward", "activation_bytes", "static_bytes"):
+            _check_numbers(name, getattr(self, name), stages, "stages")
+        _check_numbers("message_bytes", self.message_bytes, stages - 1, "boundaries between stages")
+        hops = self.hop if isinstance(self.hop, tuple) else (self.hop,) * (stages - 1)
+        _check_numbers("hop", hops, stages - 1, "boundaries between stages")
+        if (self.message_bytes is None) != (self.bandwidth is None):
+            raise ScheduleError("message_bytes and bandwidth belong together; pass both, or put the whole time in hop")
+        if self.bandwidth is not None and not self.bandwidth > 0:
+            raise ScheduleError(f"bandwidth must be above 0 bytes per unit of time, got {self.bandwidth}")
+
+    @classmethod
+    def uniform(
+        cls,
+        num_stages: int,
+        *,
+        forward: float = 1.0,
+        input_grad: float = 1.0,
+        weight_grad: float = 1.0,
+        backward: float | None = None,
+        hop: float = 0.0,
+        chunks: int = 1,
+        unit: str = "",
+    ) -> CostModel:
+        """Equal stages. The times are those of a full stage, one rank's share of the model.
+
+        Args:
+            num_stages: All stages, p * v.
+            forward: Time of F of all chunks of a rank together; so are the other times.
+            input_grad: Time of I.
+            weight_grad: Time of W.
+            backward: Time of the unsplit B; I + W if not given.
+            hop: Time of one message.
+            chunks: v, the stages of a rank: each costs, and holds, 1/v of a full stage.
+            unit: Of all times.
+
+        Raises:
+            ScheduleError: A number is negative or not finite, or `num_stages` is no multiple of `chunks`.
+
+        Example:
+            >>> CostModel.uniform(4, forward=2.0, chunks=2).forward
+            (1.0, 1.0, 1.0, 1.0)
+        """
+        if chunks < 1 or num_stages < chunks or num_stages % chunks:
+            raise ScheduleError(f"{num_stages} stages are not {chunks} chunks on each of some ranks; pass p * v stages")
+        whole = None if backward is None else (backward / chunks,) * num_stages
+        f, i, w = ((time / chunks,) * num_stages for time in (forward, input_grad, weight_grad))
+        return cls(f, i, w, whole, hop=hop, activation_bytes=(1 / chunks,) * num_stages, unit=unit)
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages the model is cut into."""
+        return len(self.forward)
+
+    @cached_property
+    def backwards(self) -> tuple[float, ...]:
+        """Time of the unsplit B of every stage."""
+        if self.backward is not None:
+            return self.backward
+        return tuple(i + w for i, w in zip(self.input_grad, self.weight_grad, strict=True))
+
+    @cached_property
+    def hops(self) -> tuple[float, ...]:
+        """Time of a message between two ranks over each boundary: latency and bytes."""
+        latency = self.hop if isinstance(self.hop, tuple) else (self.hop,) * (self.num_stages - 1)
+        if self.message_bytes is None or self.bandwidth is None:
+            return latency
+        return tuple(a + size / self.bandwidth for a, size in zip(latency, self.message_bytes, strict=True))
+
+    @cached_property
+    def activations(self) -> tuple[float, ...]:
+        """Bytes that each stage holds of one micro-batch."""
+        return (1.0,) * self.num_stages if self.activation_bytes is None else self.activation_bytes
+
+    def hops_on(self, placement: Placement) -> tuple[float, ...]:
+        """Time of a message over each boundary where two stages meet as `placement` says: 0 within one rank."""
+        return tuple(0.0 if a == b else hop for hop, (a, b) in zip(self.hops, pairwise(placement.owners), strict=True))
+
+    def static_on(self, placement: Placement) -> tuple[float, ...]:
+        """Bytes that each rank holds all the time."""
+        held = self.static_bytes or (0.0,) * self.num_stages
+        return tuple(float(sum(held[s] for s in placement.local_stages(rank))) for rank in range(placement.num_ranks))
+
+
+def _check_numbers(name: str, values: Sequence[float] | None, length: int, what: str) -> None:
+    if values is None:
+        return
+    if len(values) != length:
+        raise ScheduleError(f"{name} has {len(values)} entries for {length} {what}; pass one for each")
+    for index, value in enumerate(values):
+        if not 0 <= value < math.inf:
+            raise ScheduleError(
+                f"{name}[{index}] is {value}; a cost is a finite number of at least 0: measure it again"
+            )
+
+
+def simulate(plan: Plan, costs: CostModel) -> Timeline:
+    r"""Plays a plan in time.
+
+    Args:
+        plan: With or without communication, training or forward only.
+        costs: One entry for each of the plan's stages.
+
+    Returns:
+        The spans of all compute actions, and for every rank its peak of activations and static bytes together.
+
+    Raises:
+        ScheduleError: The costs have another number of stages than the plan, or an input never comes.
+        DeadlockError: Ranks wait for each other for ever.
+
+    Example:
+        >>> plan = Plan.from_text("0F0 0F1 0B0 0B1 \n 1F0 1B0 1F1 1B1")
+        >>> timeline = simulate(plan, CostModel.uniform(2, hop=0.5))
+        >>> timeline.makespan, timeline.peak_bytes, [tuple(span[1:]) for span in timeline.spans[0]]
+        (10.0, (2.0, 1.0), [(0.0, 1.0), (1.0, 2.0), (5.0, 7.0), (8.0, 10.0)])
+    """
+    _check_stages(plan.placement, costs)
+    clock = Clock.of(costs, plan.placement, plan.num_microbatches)
+    rows = encode(plan)
+    arrivals = clock.play(rows)
+    if arrivals is None:
+        verify(plan)
+        raise AssertionError("a plan that the judge accepts has been stuck")
+    spans = tuple(clock.spans(row, arrivals) for row in rows)
+    if plan.forward_only:  # nothing waits for a backward: a stage's activations go when it is done
+        held = [
+            max((costs.activations[s] for s in plan.placement.local_stages(r)), default=0.0) for r in range(len(rows))
+        ]
+        peaks = [a + b for a, b in zip(held, costs.static_on(plan.placement), strict=True)]
+    else:
+        peaks = clock.peaks(rows)
+    return Timeline(plan.name, spans, tuple(peaks), costs.unit)
+
+
+def _check_stages(placement: Placement, costs: CostModel) -> None:
+    if costs.num_stages != placement.num_stages:
+        raise ScheduleError(
+            f"the costs are those of {costs.num_stages} stages, the plan has {placement.num_stages} on "
+            f"{placement.num_ranks} ranks; cut the model into {placement.num_stages} stages and measure those"
+        )
+
+
+def encode(plan: Plan) -> Rows:
+    """The compute actions of a plan as numbers of the core."""
+    count, stages = plan.num_microbatches, plan.placement.num_stages
+    base = {op: kind * stages for kind, op in enumerate(KINDS)}
+    return [[(base[op] + stage) * count + (i or 0) for stage, op, i in row if op in base] for row in plan.actions]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A cost model on a placement, as tables by `kind * stages + stage`: what the core looks up for each action.
+
+    The arrival of an action's input is noted under the action's own number (those of B and W under that of their I).
+    `need` leads from an action to where its input is noted, `step` to where it notes the arrival of its result; a
+    result that nobody waits for goes to the place of the W, which nobody reads.
+    """
+
+    placement: Placement
+    count: int
+    cost: list[float]
+    hop: list[float]
+    need: list[int]
+    step: list[int]
+    held: list[float]  # what the action adds to the rank's activations
+    static: tuple[float, ...]
+
+    @classmethod
+    def of(cls, costs: CostModel, placement: Placement, count: int) -> Clock:
+        """Makes the tables."""
+        stages, cells = placement.num_stages, placement.num_stages * count
+        _check_stages(placement, costs)
+        hops = costs.hops_on(placement)
+        up, down = [*hops, 0.0], [0.0, *hops]
+        above = [count] * (stages - 1) + [cells]  # the last F hands its result to its own I
+        below = [2 * cells] + [-count] * (stages - 1)
+        none, keep = [0] * stages, [0.0] * stages
+        free = [-size for size in costs.activations]
+        return cls(
+            placement,
+            count,
+            [*costs.forward, *costs.input_grad, *costs.backwards, *costs.weight_grad],
+            [*up, *down, *down, *keep],
+            [*none, *none, *[-cells] * stages, *[-2 * cells] * stages],
+            [*above, *below, *(step - cells for step in below), *none],
+            [*costs.activations, *keep, *free, *free],
+            costs.static_on(placement),
+        )
+
+    def blank(self) -> list[float]:
+        """Arrivals before the step: only what waits for nobody is there, the rest is -1."""
+        cells = self.placement.num_stages * self.count
+        return [0.0] * self.count + [-1.0] * (2 * cells - self.count) + [0.0] * (2 * cells)
+
+    def play(self, rows: Rows) -> list[float] | None:
+        """Arrival of every action's input, or None if ranks wait for each other. About 1 us an action."""
+        count, cost, hop, need, step = self.count, self.cost, self.hop, self.need, self.step
+        arrivals, waiting = self.blank(), {}
+        iters = [iter(row) for row in rows]
+        times, held_up = [0.0] * len(rows), [-1] * len(rows)
+        runnable = list(range(len(rows) - 1, -1, -1))
+        while runnable:
+            rank = runnable.pop()
+            t, row = times[rank], iters[rank]
+            code = held_up[rank] if held_up[rank] >= 0 else next(row, -1)
+            while code >= 0:
+                k = code // count
+                at = code + need[k]
+                ready = arrivals[at]
+                if ready > t:
+                    t = ready
+                elif ready < 0.0:
+                    waiting[at] = rank
+                    break
+                t += cost[k]
+                at = code + step[k]
+                arrivals[at] = t + hop[k]
+                if at in waiting:
+                    runnable.append(waiting.pop(at))
+                code = next(row, -1)
+            times[rank], held_up[rank] = t, code
+        return None if waiting else arrivals
+
+    def finish(self, row: Sequence[int], arrivals: list[float]) -> float:
+        """When the last action of a rank is over."""
+        count, cost, need = self.count, self.cost, self.need
+        t = 0.0
+        for code in row:
+            k = code // count
+            ready = arrivals[code + need[k]]
+            t = (ready if ready > t else t) + cost[k]
+        return t
+
+    def spans(self, row: Sequence[int], arrivals: list[float]) -> tuple[Span, ...]:
+        """What a rank does when."""
+        count, t, found = self.count, 0.0, []
+        for code, action in zip(row, self.decode(row), strict=True):
+            k = code // count
+            start = max(t, arrivals[code + self.need[k]])
+            t = start + self.cost[k]
+            found.append(Span(action, start, t))
+        return tuple(found)
+
+    def peaks(self, rows: Rows) -> list[float]:
+        """The most bytes that each rank holds at one moment, by the order of its list."""
+        count, held = self.count, self.held
+        return [
+            static + max(accumulate((held[code // count] for code in row), initial=0.0))
+            for row, static in zip(rows, self.static, strict=True)
+        ]
+
+    def decode(self, row: Sequence[int]) -> list[Action]:
+        """Numbers as actions."""
+        count, stages = self.count, self.placement.num_stages
+        table = [(k % stages, KINDS[k // stages]) for k in range(len(self.cost))]
+        return [_new(Action, (*table[code // count], code % count)) for code in row]
