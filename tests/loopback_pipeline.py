@@ -33,12 +33,13 @@ def on_every_rank(num_ranks: int, function: Callable[[int, Any], Any], *, timeou
 def run_step(
     plan: Plan, functions: Sequence[Callable[[Any], Any]], inputs: Sequence[Any], *, steps: int = 1, **options: Any
 ) -> list[Any]:
-    """Runs a one-chunk plan; returns each rank's StepResult, or the exception that it raised."""
+    """Runs a plan, with one function and one input for each stage; returns each rank's StepResult or exception."""
 
     def rank_step(rank: int, transport: Any) -> StepResult:
         executor = Executor(plan, transport)
         for _ in range(steps):
-            result = executor.run([ChunkWork(functions[rank], inputs=inputs[rank])], **options)
+            work = [ChunkWork(functions[s], inputs=inputs[s]) for s in plan.placement.local_stages(rank)]
+            result = executor.run(work, **options)
         return result
 
     return on_every_rank(plan.placement.num_ranks, rank_step)
@@ -55,11 +56,11 @@ def stage_functions(stages: Sequence[nn.Module], loss_fn: Callable[[Tensor, Tens
     return [forward(stage, index == len(stages) - 1) for index, stage in enumerate(stages)]
 
 
-def stage_inputs(num_ranks: int, x: Any, y: Any = None) -> list[Any]:
+def stage_inputs(num_stages: int, x: Any, y: Any = None) -> list[Any]:
     """Samples on the first stage, targets on the last."""
-    if num_ranks == 1:
+    if num_stages == 1:
         return [x if y is None else [x, y]]
-    return [x, *[None] * (num_ranks - 2), y]
+    return [x, *[None] * (num_stages - 2), y]
 
 
 def plain_loop(
@@ -76,14 +77,16 @@ def plain_loop(
     return weighted_sum(losses, weights)
 
 
-def train(name: str, stages: Sequence[nn.Module], x: Any, y: Any, num_microbatches: int, **options: Any) -> Tensor:
-    """One pipelined training step; returns the loss, raises what a rank raised."""
-    plan = build(name, len(stages), num_microbatches)
+def train(plan: Plan | str, stages: Sequence[nn.Module], x: Any, y: Any, num_microbatches: int, **options: Any) -> Any:
+    """One pipelined training step of a plan, or of a one-chunk schedule by name; raises what a rank raised."""
+    if isinstance(plan, str):
+        plan = build(plan, len(stages), num_microbatches)
     results = run_step(plan, stage_functions(stages), stage_inputs(len(stages), x, y), **options)
     for result in results:
         if isinstance(result, Exception):
             raise result
-    return weighted_sum(results[-1].outputs, results[-1].weights)
+    last = results[plan.placement.loss_rank]
+    return weighted_sum(last.outputs, last.weights)
 
 
 def assert_same_gradients(mine: nn.Module, reference: nn.Module) -> None:

@@ -2,30 +2,27 @@
 
 import doctest
 import importlib
+import pkgutil
 
 import pytest
 
-MODULES = [
-    "errors",
-    "schedule.action",
-    "schedule.placement",
-    "schedule.plan",
-    "schedule.lowering",
-    "schedule.registry",
-    "schedule.verify",
-    "schedule.recipes.gpipe",
-    "schedule.recipes.one_f_one_b",
-    "runtime.microbatch",
-    "runtime.loopback",
-    "runtime.executor",
-    "topology.rank_table",
-    "split.boundaries",
-]
+import torchdistpackage
+
+WITHOUT_PROCESSES = ("errors", "schedule", "visualize", "runtime", "split.boundaries", "topology.rank_table")
 
 
-@pytest.mark.parametrize("name", MODULES)
+def modules():
+    for module in pkgutil.walk_packages(torchdistpackage.__path__, "torchdistpackage."):
+        if module.name.removeprefix("torchdistpackage.").startswith(WITHOUT_PROCESSES):
+            yield module.name
+
+
+@pytest.mark.parametrize("name", list(modules()))
 def test_docstrings(name):
-    module = importlib.import_module(f"torchdistpackage.{name}")
-    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.failed == 0
-    assert result.attempted > 0
+
+
+def test_examples_are_found():
+    found = [importlib.import_module(name) for name in modules()]
+    assert sum(len(test.examples) for module in found for test in doctest.DocTestFinder().find(module)) > 40

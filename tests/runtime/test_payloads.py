@@ -13,8 +13,8 @@ from torchdistpackage.runtime import ChunkWork, Executor
 from torchdistpackage.schedule import build, names
 
 
-def step_of(functions, inputs, m=2, name="1f1b", **options):
-    results = run_step(build(name, len(functions), m), functions, inputs, **options)
+def step_of(functions, inputs, m=2, plan=None, **options):
+    results = run_step(plan or build("1f1b", len(functions), m), functions, inputs, **options)
     for result in results:
         if isinstance(result, Exception) and not isinstance(result, PipelineError):
             raise result
@@ -29,12 +29,12 @@ def test_two_tensors_and_a_value_used_two_stages_later(name):
     torch.manual_seed(0)
     a, b, c = (nn.Linear(4, 4) for _ in range(3))
     x = torch.randn(6, 4)
-    step_of(
-        [lambda x: (a(x), x.relu() * a.bias), lambda xs: (b(xs[0]), xs[1]), lambda xs: (c(xs[0]) * xs[1]).mean()],
-        [x, None, None],
-        m=3,
-        name=name,
-    )
+    plan = build(name, 3, 3)
+    functions = [tuple] * plan.placement.num_stages  # hands on what it gets
+    functions[0] = lambda x: (a(x), x.relu() * a.bias)
+    functions[1] = lambda xs: (b(xs[0]), xs[1])
+    functions[-1] = lambda xs: (c(xs[0]) * xs[1]).mean()
+    step_of(functions, [x, *[None] * (len(functions) - 1)], plan=plan)
     mine = [p.grad.clone() for layer in (a, b, c) for p in layer.parameters()]
     for layer in (a, b, c):
         layer.zero_grad()

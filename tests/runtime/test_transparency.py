@@ -27,11 +27,12 @@ def make_stages(p, width=6):
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_training_is_the_plain_loop_bitwise(name, p):
     for m in range(1, 2 * p + 2):
+        plan = build(name, p, m)
         for rows in sorted({1, m, 2 * m + 1, 7}):
-            stages = make_stages(p)
+            stages = make_stages(plan.placement.num_stages)
             reference = copy.deepcopy(stages)
             x, y = torch.randn(rows, 6), torch.randn(rows, 6)
-            loss = train(name, stages, x, y, m)
+            loss = train(plan, stages, x, y, m)
             assert torch.equal(loss, plain_loop(reference, x, y, m))
             assert_same_gradients(stages, reference)
 
@@ -39,22 +40,24 @@ def test_training_is_the_plain_loop_bitwise(name, p):
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_evaluation_returns_every_row_in_order(name, p):
-    stages = make_stages(p)
     for m in (1, 3, 4, 10):
         x = torch.randn(10, 6)
         plan = build(name, p, m, forward_only=True)
+        stages = make_stages(plan.placement.num_stages)
         with torch.no_grad():
-            results = run_step(plan, stage_functions(stages, None), stage_inputs(p, x))
-        assert torch.allclose(torch.cat(results[-1].outputs), stages(x), atol=1e-6)
-        assert all(result.outputs == [] for result in results[:-1])
+            results = run_step(plan, stage_functions(stages, None), stage_inputs(len(stages), x))
+        last = results.pop(plan.placement.loss_rank)
+        assert torch.allclose(torch.cat(last.outputs), stages(x), atol=1e-6)
+        assert all(result.outputs == [] for result in results)
 
 
 @pytest.mark.parametrize("name", names())
 def test_the_gradient_is_the_full_batchs_for_uneven_microbatches(name):
-    stages, rows = make_stages(3).double(), 10
+    plan, rows = build(name, 3, 4), 10
+    stages = make_stages(plan.placement.num_stages).double()
     reference = copy.deepcopy(stages)
     x, y = torch.randn(rows, 6).double(), torch.randn(rows, 6).double()
-    loss = train(name, stages, x, y, 4)
+    loss = train(plan, stages, x, y, 4)
     whole = mse(reference(x), y)
     whole.backward()
     assert torch.allclose(loss, whole)
@@ -87,10 +90,11 @@ def test_two_steps_accumulate():
 @pytest.mark.parametrize("name", names())
 def test_batchnorm_statistics_are_the_plain_loops(name):
     torch.manual_seed(0)
-    stages = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(3)])
+    plan = build(name, 3, 4)
+    stages = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in plan.placement.owners])
     reference = copy.deepcopy(stages)
     x, y = torch.randn(12, 4), torch.randn(12, 4)
-    train(name, stages, x, y, 4)
+    train(plan, stages, x, y, 4)
     plain_loop(reference, x, y, 4)
     for mine, theirs in zip(stages.buffers(), reference.buffers(), strict=True):
         assert torch.equal(mine, theirs)

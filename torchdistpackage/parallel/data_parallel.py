@@ -80,6 +80,8 @@ class DistributedDataParallelReducer:
     def __init__(self, modules: Sequence[DistributedDataParallel] | None = None) -> None:
         self._modules = modules
         self._quiet: list[DistributedDataParallel] = []
+        self._reached: frozenset[int] | None = None
+        self._output: Any = None
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -96,13 +98,16 @@ class DistributedDataParallelReducer:
         finally:
             search.stop()
 
-    def arm(self, output: Any) -> None:
+    def arm(self, output: Any, parameters: frozenset[int] | None = None) -> None:
         """Comes right before the last backward: from here on gradients are reduced as they become ready.
 
         Args:
             output: What this backward starts from. With `find_unused_parameters` its graph says which parameters the
                 last micro-batch does not reach; those are reduced with what earlier micro-batches gave them.
+            parameters: If the backward is split, the ids of the parameters that its second half still reaches; the
+                others have all that they get, and `finish` says so to torch's reducer.
         """
+        self._reached, self._output = parameters, output
         for module in self._quiet:
             module.require_backward_grad_sync = True
             module.require_forward_param_sync = True
@@ -113,6 +118,9 @@ class DistributedDataParallelReducer:
 
     def finish(self) -> None:
         """Comes after the last backward; torch's reducer has waited for its buckets at the end of that."""
+        if self._reached is not None:
+            for module in self._quiet:
+                self._report_ready(module, self._reached)
         self.cancel()
 
     def cancel(self) -> None:
@@ -120,6 +128,16 @@ class DistributedDataParallelReducer:
         for module in self._quiet:
             module.require_backward_grad_sync = True
         self._quiet = []
+        self._reached = self._output = None
+
+    def _report_ready(self, module: DistributedDataParallel, reached: frozenset[int]) -> None:
+        """Adds zero to the gradients that became complete before the reducer was armed, which runs its hooks."""
+        ready = [p for p in module.module.parameters() if p.requires_grad and id(p) not in reached]
+        if module.find_unused_parameters:
+            used = _reachable(self._output)
+            ready = [p for p in ready if id(p) in used]
+        if ready:
+            torch.autograd.backward(ready, [p.new_zeros(()).expand_as(p) for p in ready])
 
     def _silence(self, module: DistributedDataParallel) -> None:
         if not module.require_backward_grad_sync or getattr(module, "_passes_through", False):
@@ -132,6 +150,20 @@ class DistributedDataParallelReducer:
             )
         module.require_backward_grad_sync = False
         self._quiet.append(module)
+
+
+def _reachable(output: Any) -> set[int]:
+    """The ids of the leaves to which a backward from this output leads."""
+    stack = [leaf.grad_fn for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn]
+    seen, found = set(stack), set()
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        fresh = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= fresh
+        stack.extend(fresh)
+    return found
 
 
 class _Search:

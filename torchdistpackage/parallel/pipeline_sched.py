@@ -26,7 +26,7 @@ from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.data_parallel import DistributedDataParallelReducer
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.runtime.backward import BackwardFn
-from torchdistpackage.runtime.executor import ChunkWork, Executor, StepResult, raise_failure
+from torchdistpackage.runtime.executor import ChunkWork, Executor, StepResult
 from torchdistpackage.runtime.loopback import loopback
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.microbatch import merge_outputs, weighted_sum
@@ -113,7 +113,7 @@ def forward_backward(
         if optimizer is not None:
             optimizer.zero_grad()
     except BaseException as error:
-        raise_failure(transport, error, "the arguments of forward_backward")
+        transport.fail(error, "the arguments of forward_backward")
     with torch.set_grad_enabled(not forward_only and torch.is_grad_enabled()):
         result = executor.run(
             work,
@@ -212,7 +212,7 @@ def _shared(transport: Transport, plan: Plan, value: Any) -> Any:
             if 0 <= receiver < transport.num_ranks and abs(receiver - source) > abs(rank - source):
                 transport.outlet(receiver).send(Kind.VALUE, source, 0, 0, *flatten(value))
     except BaseException as error:
-        raise_failure(transport, error, "sharing the loss")
+        transport.fail(error, "sharing the loss")
     return value
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError
 
-__all__ = ["BackwardFn", "backward_from_gradients", "backward_from_loss", "differentiable_alias"]
+__all__ = ["BackwardFn", "Roots", "differentiable_alias", "loss_root", "pairs", "run_backward", "weighted_loss"]
 
 BackwardFn = Callable[[Any, Any], Any]
 
@@ -34,22 +34,29 @@ def differentiable_alias(leaf: Tensor) -> Tensor:
     return alias
 
 
-def backward_from_loss(loss: Any, weight: float, custom: BackwardFn | None) -> None:
-    """Runs the backward of the loss stage.
+class Roots(NamedTuple):
+    """What a backward starts from: tensors that left the stage (or edges of the graph), and their gradients."""
+
+    tensors: tuple[Any, ...]
+    gradients: tuple[Tensor, ...]
+
+
+def weighted_loss(loss: Any, weight: float) -> Any:
+    """The loss as a custom backward gets it: times its share, unless it is no scalar or counts whole."""
+    return loss * weight if weight != 1.0 and _is_scalar(loss) else loss
+
+
+def loss_root(loss: Any, weight: float) -> Roots:
+    """The start of the backward of the loss stage.
 
     Args:
         loss: What the user's function returned.
         weight: What this micro-batch counts: its share of the batch, or 1.
-        custom: The user's `bwd_fn(output, None)`; gets the weighted loss.
 
     Raises:
-        PipelineError: The loss is not a scalar that requires a gradient, and no custom backward takes it.
+        PipelineError: The loss is not a scalar that requires a gradient.
     """
-    scalar = isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()
-    if custom is not None:
-        custom(loss if not scalar or weight == 1.0 else loss * weight, None)
-        return
-    if not scalar:
+    if not _is_scalar(loss):
         raise PipelineError(
             f"in training the last stage's fwd_fn must return the loss, a scalar tensor; it returned {_what(loss)}. "
             "For evaluation call with forward_only=True"
@@ -58,41 +65,39 @@ def backward_from_loss(loss: Any, weight: float, custom: BackwardFn | None) -> N
         raise PipelineError(
             "the loss does not require a gradient: does the last stage run under torch.no_grad(), or detach its input?"
         )
-    _run((loss,), (_root(weight, loss.dtype, loss.device, loss.shape),))
+    return Roots((loss,), (_root(weight, loss.dtype, loss.device, loss.shape),))
 
 
-def backward_from_gradients(
-    output: Any, roots: Sequence[Tensor], gradients: Sequence[Tensor | None], custom: BackwardFn | None
-) -> None:
-    """Runs the backward of a stage that is not the last.
+def pairs(roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Roots:
+    """The roots that the next stage used: those for which a gradient came back."""
+    if len(roots) == len(gradients) == 1:
+        gradient = gradients[0]
+        return Roots((), ()) if gradient is None else Roots((roots[0],), (gradient,))
+    found = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if gradient is not None]
+    return Roots(tuple(root for root, _ in found), tuple(gradient for _, gradient in found))
+
+
+def run_backward(roots: Roots, *, keep_graph: bool = False, inputs: tuple[Tensor, ...] = ()) -> None:
+    """`torch.autograd.backward` without its checks of what is known to fit: 10 us less for each backward.
 
     Args:
-        output: What the user's function returned; only a custom backward looks at it.
-        roots: The tensors of the output that require a gradient.
-        gradients: Their gradients, from the next stage; None where it did not use the tensor.
-        custom: The user's `bwd_fn(output, output_grad)`; for a bare tensor output_grad is a tensor, else a list with
-            one entry for each of `roots`.
+        roots: Where it starts; nothing happens without any.
+        keep_graph: Whether a part of the graph runs again later.
+        inputs: Accumulate for these leaves only; for all if empty.
     """
-    if custom is not None:
-        custom(output, gradients[0] if isinstance(output, Tensor) else list(gradients))
-        return
-    if len(roots) == 1:
-        if gradients[0] is not None:
-            _run((roots[0],), (gradients[0],))
-        return
-    pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if gradient is not None]
-    if pairs:
-        _run(tuple(root for root, _ in pairs), tuple(gradient for _, gradient in pairs))
-
-
-def _run(roots: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
-    """`torch.autograd.backward` without its checks of what is known to fit: 10 us less for each backward."""
-    _engine.run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    if roots.tensors:
+        _engine.run_backward(
+            roots.tensors, roots.gradients, keep_graph, False, inputs, allow_unreachable=True, accumulate_grad=True
+        )
 
 
 @lru_cache(maxsize=256)
 def _root(weight: float, dtype: torch.dtype, device: torch.device, shape: torch.Size) -> Tensor:
     return torch.full(shape, weight, dtype=dtype, device=device)
+
+
+def _is_scalar(loss: Any) -> bool:
+    return isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()
 
 
 def _what(value: Any) -> str:

@@ -5,6 +5,7 @@
     RECV   post a receive, do not wait
     F      take the input -> stage.forward  -> keep the output for SEND
     B      take the gradient -> stage.backward -> keep the input's gradient for SEND
+    I, W   the same in two halves: stage.backward_input, and later stage.backward_weight
     SEND   pack and send, do not wait
     REDUCE_GRAD   the stage's gradients are complete over its data-parallel replicas
 
@@ -17,6 +18,7 @@ and a step ends with all of them empty. Neighbours: `program.py` resolves the pl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, final
 
@@ -27,15 +29,15 @@ from torchdistpackage.errors import PipelineError, TransportError
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.backward import BackwardFn
 from torchdistpackage.runtime.edge import Key
-from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
 from torchdistpackage.runtime.message import Kind, Layout, Message
 from torchdistpackage.runtime.microbatch import Slices, microbatch_sizes, slice_inputs
 from torchdistpackage.runtime.program import Instruction, compile_program
+from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.stage import ForwardFn, GradientReducer, Output, Stage
 from torchdistpackage.runtime.transport import TensorShard, Transport
 from torchdistpackage.schedule import Op, Plan
 
-__all__ = ["ChunkWork", "Executor", "StepExtension", "StepResult", "raise_failure"]
+__all__ = ["ChunkWork", "Executor", "StepExtension", "StepResult"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ class StepResult:
             output in evaluation. Elsewhere empty.
         weights: What each of them counts: its share of the batch for a mean, 1 for a sum.
         rows: Rows of the whole step's batch.
+        unsplit: For each stage of this rank on which input gradients had to run the whole backward: how often, and why.
     """
 
     outputs: list[Any] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     rows: int = 0
+    unsplit: dict[int, tuple[int, str]] = field(default_factory=dict)
 
 
 class StepExtension(Protocol):
@@ -110,6 +114,8 @@ class Executor:
         handlers = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
+            Op.INPUT_GRAD: self._backward,
+            Op.WEIGHT_GRAD: self._backward_weight,
             Op.SEND_F: self._send_forward,
             Op.SEND_B: self._send_backward,
             Op.RECV_F: self._post,
@@ -117,6 +123,7 @@ class Executor:
             Op.REDUCE_GRAD: self._reduce,
         }
         self._steps = [(handlers[at.op], at) for at in self._program.instructions]
+        self._recorder: Recorder | None = None
 
     def run(
         self,
@@ -127,6 +134,7 @@ class Executor:
         wire_dtype: torch.dtype | None = None,
         shard: TensorShard | None = None,
         around: StepExtension | None = None,
+        recorder: Recorder | None = None,
     ) -> StepResult:
         """Runs one step.
 
@@ -137,6 +145,7 @@ class Executor:
             wire_dtype: Cast floating tensors to this dtype while they travel.
             shard: Tensor-parallel group that shares the transfer.
             around: What else the ranks exchange before and after the plan.
+            recorder: Gets the time of every action.
 
         Raises:
             PipelineError: Another rank failed, or the ranks disagree. This rank's own exception is raised as it is,
@@ -147,8 +156,14 @@ class Executor:
             self._begin(work, mean=mean, signature=signature, wire_dtype=wire_dtype, shard=shard)
             if around is not None:
                 around.begin_step(self.transport, training=not self.plan.forward_only)
+            self._recorder = recorder
             for handle, at in self._steps:
-                handle(at)
+                if recorder is None:
+                    handle(at)
+                else:
+                    begin = recorder.mark()
+                    handle(at)
+                    recorder.add(at, begin)
             at = None
             if around is not None:
                 around.end_step(self.transport)
@@ -159,7 +174,8 @@ class Executor:
             self._fail(error, at)
         sizes = microbatch_sizes(self._rows, self.plan.num_microbatches)[: self._filled]
         weights = [self._weight(size) for size in sizes]
-        result = StepResult([self._outputs[i] for i in sorted(self._outputs)], weights, self._rows)
+        unsplit = {s: (len(stage.unsplit), stage.unsplit[0]) for s, stage in self._stages.items() if stage.unsplit}
+        result = StepResult([self._outputs[i] for i in sorted(self._outputs)], weights, self._rows, unsplit)
         self._forget()
         return result
 
@@ -213,7 +229,7 @@ class Executor:
 
     def _forget(self) -> None:
         """Lets go of everything that belongs to the user: between steps the executor holds nothing."""
-        self._own, self._outputs, self._local = {}, {}, {}
+        self._own, self._outputs, self._local, self._recorder = {}, {}, {}, None
         for stage in self._stages.values():
             stage.end_step()
 
@@ -234,6 +250,8 @@ class Executor:
         message = transport.inlet(at.peer).take(kind, source, at.microbatch)
         for peer, key in at.proves:
             transport.outlet(peer).release(key)
+        if self._recorder is not None:
+            self._recorder.taken()
         return message
 
     def _forward(self, at: Instruction) -> None:
@@ -246,7 +264,13 @@ class Executor:
         if i >= self._filled:
             result: Output | None = None  # no rows: skipped on every stage
         else:
-            output = stage.forward(i, message, self._own[at.stage].microbatches[i], only=self._filled == 1)
+            slices = self._own[at.stage].microbatches
+            own, slices[i] = (
+                slices[i],
+                [],
+            )  # what a stage got is its own: nothing is held longer than its graph holds it
+            with nullcontext() if self._recorder is None else self._recorder.forward(at.stage, own):
+                output = stage.forward(i, message, own, only=self._filled == 1)
             if stage.is_last:
                 self._outputs[i] = output if self.plan.forward_only else _detached(output)
                 return
@@ -264,13 +288,25 @@ class Executor:
         result: Output | None = None
         if i < self._filled:
             weight = self._weight(self._sizes[i])
-            found = stage.backward(i, gradients, weight, last=i == self._last_backward[at.stage])
+            if at.op is Op.BACKWARD:
+                found = stage.backward(i, gradients, weight, last=i == self._last_backward[at.stage])
+            else:
+                found = stage.backward_input(i, gradients, weight)
             result = Output(*wire.flatten(found[0] if len(found) == 1 else found))
         if at.stage > 0:
             self._pass_on(at, Kind.BACKWARD, result, at.stage - 1)
 
+    def _backward_weight(self, at: Instruction) -> None:
+        if at.microbatch < self._filled:
+            last = at.microbatch == self._last_backward[at.stage]
+            self._stages[at.stage].backward_weight(at.microbatch, last=last)
+
     def _pass_on(self, at: Instruction, kind: Kind, result: Output | None, to_stage: int) -> None:
         """Sends a result, keeps it for a SEND that comes later, or hands it to another stage of this rank."""
+        if self._recorder is not None:
+            self._recorder.computed()
+            if kind == Kind.FORWARD and result is not None:
+                self._recorder.note_message(at.stage, result.leaves)
         if at.send_to >= 0:
             self._send(at, at.send_to, kind, result)
         elif self.plan.placement.owner(to_stage) == self.transport.rank:
@@ -310,40 +346,7 @@ class Executor:
             mark = (self.transport.rank, at.position)
             grid = f"the step's plan, this rank's position marked:\n{self.plan.to_text(mark=mark, window=4)}"
         action = "the step's begin or end" if at is None else _name(at)
-        raise_failure(self.transport, error, action, grid)
-
-
-def raise_failure(transport: Transport, error: BaseException, action: str, note: str = "") -> NoReturn:
-    """Ends a step that cannot go on: every rank is told, and this one raises.
-
-    Args:
-        transport: This rank's transport; starts a new epoch.
-        error: What was caught.
-        action: What this rank was doing.
-        note: Added to the exception that is raised.
-
-    Raises:
-        PipelineError: Another rank's failure.
-        BaseException: `error` itself, if it is this rank's own.
-    """
-    report: FailureReport | None = None
-    if isinstance(error, RemoteFailure):
-        report = error.report
-    elif isinstance(error, ConnectionLost):
-        report = transport.find_report() or FailureReport(
-            error.peer, -1, "an unknown action", "it closed its connection without a word: killed, or ended early", ""
-        )
-    own = report is None
-    if report is None:
-        report = FailureReport.of(error, rank=transport.rank, global_rank=transport.global_rank, action=action)
-        transport.publish(report)
-    transport.abort(report)
-    raised: BaseException = error if own else report.as_error()
-    if note and hasattr(raised, "add_note"):
-        raised.add_note(note)
-    if own:
-        raise raised
-    raise raised from (error.__cause__ if isinstance(error, ConnectionLost) else None)
+        self.transport.fail(error, action, grid)
 
 
 def _name(at: Instruction) -> str:

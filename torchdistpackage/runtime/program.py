@@ -20,6 +20,7 @@ __all__ = ["Instruction", "Program", "compile_program"]
 Key = tuple[int, int, int]  # kind, the sender's stage, micro-batch
 
 _BACKWARD_OPS = (Op.BACKWARD, Op.INPUT_GRAD)
+_TO_WEIGHT = (Op.BACKWARD, Op.WEIGHT_GRAD)
 _SENDS = (Op.SEND_F, Op.SEND_B)
 _RECEIVES = (Op.RECV_F, Op.RECV_B)
 
@@ -56,7 +57,7 @@ class Program:
         instructions: In order.
         token_from: The rank that passes the token of the step's end to this one; None where it starts.
         token_to: The rank that this one passes it to; None where it ends.
-        backwards: For each local stage its micro-batches in the order of their backward.
+        backwards: For each local stage its micro-batches in the order in which their weight gradients are complete.
     """
 
     instructions: tuple[Instruction, ...]
@@ -104,9 +105,7 @@ def compile_program(plan: Plan, rank: int, receives_ahead: int) -> Program:
         way[place - 1] if place > 0 else None,
         way[place + 1] if place + 1 < len(way) else None,
         {
-            stage: tuple(
-                a.microbatch for a in row if a.stage == stage and a.op is Op.BACKWARD if a.microbatch is not None
-            )
+            stage: tuple(i for at, op, i in row if at == stage and op in _TO_WEIGHT and i is not None)
             for stage in plan.placement.local_stages(rank)
         },
     )
@@ -161,6 +160,7 @@ def _proofs(plan: Plan, rank: int) -> dict[Action, tuple[tuple[int, Key], ...]]:
         rank 1                   1F0   1B0  1SEND_B0
     """
     proofs: dict[Action, list[tuple[int, Key]]] = defaultdict(list)
+    split = {action for action in plan.actions[rank] if action.op is Op.INPUT_GRAD}
     for peer in set(range(plan.placement.num_ranks)) - {rank}:
         unproven: list[tuple[int, Key]] = []
         for action in plan.actions[peer]:
@@ -170,14 +170,14 @@ def _proofs(plan: Plan, rank: int) -> dict[Action, tuple[tuple[int, Key], ...]]:
             elif action.op in _BACKWARD_OPS and came_from == rank:
                 unproven.append((peer, (int(Kind.BACKWARD), action.stage + 1, action.microbatch or 0)))
             elif action.op in (Op.SEND_F, Op.SEND_B) and came_from == rank and unproven:
-                proofs[_use(plan, action)].extend(unproven)
+                proofs[_use(action, split)].extend(unproven)
                 unproven = []
     return {action: tuple(keys) for action, keys in proofs.items()}
 
 
-def _use(plan: Plan, send: Action) -> Action:
+def _use(send: Action, split: set[Action]) -> Action:
     """The compute action that takes what was sent."""
     if send.op is Op.SEND_F:
         return Action(send.stage + 1, Op.FORWARD, send.microbatch)
-    whole = Action(send.stage - 1, Op.BACKWARD, send.microbatch)
-    return whole if whole in plan.actions[plan.placement.owner(send.stage - 1)] else whole._replace(op=Op.INPUT_GRAD)
+    half = Action(send.stage - 1, Op.INPUT_GRAD, send.microbatch)
+    return half if half in split else half._replace(op=Op.BACKWARD)

@@ -4,8 +4,10 @@ Knows autograd, knows no rank: what comes in and goes out are messages, who carr
 
 ::
 
-    message -> leaves -> fwd_fn(argument) -> output           saved[i] = leaves, roots
+    message -> leaves -> fwd_fn(argument) -> output                   saved[i] = leaves, roots
     gradients of the roots -> backward -> gradients of the leaves     saved[i] is taken
+    or in two halves: -> backward_input -> gradients of the leaves    saved[i] is taken, waiting[i] = nodes
+                         backward_weight                              waiting[i] is taken
 """
 
 from __future__ import annotations
@@ -15,16 +17,21 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, final
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils._pytree import TreeSpec
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime.backward import (
     BackwardFn,
-    backward_from_gradients,
-    backward_from_loss,
+    Roots,
     differentiable_alias,
+    loss_root,
+    pairs,
+    run_backward,
+    weighted_loss,
 )
 from torchdistpackage.runtime.message import Message, flatten
+from torchdistpackage.runtime.weight_grad import PutOff, find_cut
 
 __all__ = ["ForwardFn", "GradientReducer", "Output", "Stage"]
 
@@ -37,8 +44,13 @@ class GradientReducer(Protocol):
     def watch(self) -> AbstractContextManager[object]:
         """Surrounds the first forward of the step: finds what has to be reduced and keeps it quiet until `arm`."""
 
-    def arm(self, output: Any) -> None:
-        """Comes right before the last backward of the step, so that reduction overlaps with it."""
+    def arm(self, output: Any, parameters: frozenset[int] | None) -> None:
+        """Comes right before the last backward of the step, so that reduction overlaps with it.
+
+        Args:
+            output: What the user's function returned for the micro-batch.
+            parameters: The ids of the parameters that this backward will still reach, if it is the second half of one.
+        """
 
     def finish(self) -> None:
         """Comes after the last backward: returns when the gradients are reduced."""
@@ -62,6 +74,14 @@ class _Saved(NamedTuple):
     output: Any
 
 
+class _Waiting(NamedTuple):
+    """What the weights' half of a backward needs."""
+
+    put_off: list[PutOff]
+    roots: Roots | None
+    output: Any
+
+
 @final
 class Stage:
     """One chunk of the model on this rank.
@@ -75,6 +95,7 @@ class Stage:
         self.index = index
         self.is_last = index == num_stages - 1
         self._saved: dict[int, _Saved] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self.end_step()
 
     def begin_step(
@@ -84,11 +105,13 @@ class Stage:
         self._forward_fn, self._backward_fn, self._training = forward_fn, backward_fn, training
         self.reducer = reducer if training else None
         self._watched = False
+        self.unsplit: list[str] = []  # why an input gradient ran the whole backward, for each time
 
     def end_step(self) -> None:
         """Lets go of the user's functions, and of what a failed step left behind."""
         self._forward_fn, self._backward_fn, self.reducer = _no_step, None, None
         self._saved.clear()
+        self._waiting.clear()
 
     def forward(self, microbatch: int, message: Message | None, own: list[Any], *, only: bool) -> Any:
         """Runs the user's function on one micro-batch.
@@ -107,7 +130,8 @@ class Stage:
             PipelineError: The output cannot pass a gradient on to the input.
         """
         leaves: list[Tensor] = []
-        arguments = own if message is None else [*_received(message, leaves), *own]
+        aliases: list[Tensor] = []
+        arguments = own if message is None else [*_received(message, leaves, aliases), *own]
         argument = arguments[0] if len(arguments) == 1 else arguments
         if self.reducer is not None and not self._watched and not only:
             self._watched = True
@@ -115,6 +139,11 @@ class Stage:
                 output = self._forward_fn(argument)
         else:
             output = self._forward_fn(argument)
+        for leaf, alias in zip(leaves, aliases, strict=True):
+            if alias._version:
+                # Changed in place. If it was handed over by another stage of this rank, that stage's output is the same
+                # memory: autograd must know, so that it refuses what it would refuse in the plain loop.
+                increment_version(leaf)
         if self._training:
             self._saved[microbatch] = _Saved(leaves, [], output)
         return output
@@ -150,15 +179,79 @@ class Stage:
         Raises:
             PipelineError: No gradient reached the input.
         """
-        leaves, roots, output = self._saved.pop(microbatch)
-        if last and self._watched and self.reducer is not None:
-            self.reducer.arm(output)
-        if self.is_last:
-            backward_from_loss(output, weight, self._backward_fn)
-        elif roots:
-            assert gradients is not None
-            assert len(gradients) == len(roots)
-            backward_from_gradients(output, roots, gradients, self._backward_fn)
+        saved = self._saved.pop(microbatch)
+        if last:
+            self._arm(saved.output, None)
+        self._run_whole(saved, gradients, weight)
+        return self._input_gradients(saved.leaves)
+
+    def backward_input(
+        self, microbatch: int, gradients: list[Tensor | None] | None, weight: float
+    ) -> list[Tensor | None]:
+        """Runs the half of the backward that other stages wait for; arguments, result and errors as of `backward`.
+
+        Where the halves cannot be told apart the whole backward runs, and `unsplit` says why.
+        """
+        saved = self._saved.pop(microbatch)
+        output = saved.output if self._watched else None  # only a reducer still looks at it
+        if self._backward_fn is not None:
+            reason: str | None = "bwd_fn of the user runs as a whole"
+            self._run_whole(saved, gradients, weight)
+        elif not saved.leaves:
+            self._waiting[microbatch] = _Waiting([], self._roots(saved, gradients, weight), output)
+            return []  # nobody waits for an input gradient: all of it is the weights'
+        else:
+            reason = self._run_input_half(microbatch, saved, self._roots(saved, gradients, weight), output)
+        if reason is not None:
+            self._waiting[microbatch] = _Waiting([], None, output)
+            self.unsplit.append(reason)
+        return self._input_gradients(saved.leaves)
+
+    def backward_weight(self, microbatch: int, *, last: bool) -> None:
+        """Runs the other half: accumulates the gradients of the weights.
+
+        Args:
+            microbatch: Which one; its `backward_input` has run.
+            last: Whether no further backward of this stage follows in the step.
+        """
+        waiting = self._waiting.pop(microbatch)
+        if last:
+            reached = frozenset(id(parameter) for node in waiting.put_off for parameter in node.parameters)
+            self._arm(waiting.output, None if waiting.roots is not None else reached)
+        if waiting.roots is not None:
+            run_backward(waiting.roots)
+        for node in waiting.put_off:
+            node.run()
+
+    def _run_input_half(self, microbatch: int, saved: _Saved, roots: Roots, output: Any) -> str | None:
+        """Returns the reason if it had to run the whole backward."""
+        cut = find_cut(roots.tensors, saved.leaves)
+        if isinstance(cut, str):
+            run_backward(roots)
+            return cut
+        for node in cut.put_off:
+            node.node.register_prehook(node)
+        run_backward(roots, keep_graph=True, inputs=(*saved.leaves, *cut.at_once))
+        self._waiting[microbatch] = _Waiting(cut.put_off, None, output)
+        return None
+
+    def _run_whole(self, saved: _Saved, gradients: list[Tensor | None] | None, weight: float) -> None:
+        custom, output = self._backward_fn, saved.output
+        if custom is None:
+            run_backward(self._roots(saved, gradients, weight))
+        elif self.is_last:
+            custom(weighted_loss(output, weight), None)
+        elif gradients:
+            custom(output, gradients[0] if isinstance(output, Tensor) else list(gradients))
+
+    def _roots(self, saved: _Saved, gradients: list[Tensor | None] | None, weight: float) -> Roots:
+        return loss_root(saved.output, weight) if self.is_last else pairs(saved.roots, gradients or [])
+
+    def _arm(self, output: Any, parameters: frozenset[int] | None) -> None:
+        if self._watched and self.reducer is not None:
+            self.reducer.arm(output, parameters)
+
+    def _input_gradients(self, leaves: list[Tensor]) -> list[Tensor | None]:
         if not leaves:
             return []
         result = [leaf.grad for leaf in leaves]
@@ -175,8 +268,8 @@ def _no_step(_: Any) -> Any:
     raise AssertionError("a stage runs outside of a step")
 
 
-def _received(message: Message, leaves: list[Tensor]) -> list[Any]:
-    """The arguments that a message stands for; tensors that want a gradient are added to `leaves`.
+def _received(message: Message, leaves: list[Tensor], aliases: list[Tensor]) -> list[Any]:
+    """The arguments that a message stands for; tensors that want a gradient are added to `leaves`, with their aliases.
 
     A list or tuple is spread into several arguments; anything else, a dict or a named tuple too, is one.
     """
@@ -187,6 +280,7 @@ def _received(message: Message, leaves: list[Tensor]) -> list[Any]:
         if about.requires_grad:
             leaves.append(tensor.requires_grad_())
             tensor = differentiable_alias(tensor)
+            aliases.append(tensor)
         arguments.append(tensor)
     if layout.spec is None:
         return arguments

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from torchdistpackage.runtime.edge import Inlet, Outlet
-from torchdistpackage.runtime.failure import FailureReport
+from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
 from torchdistpackage.runtime.message import Kind
 
 __all__ = ["Handle", "Mover", "TensorShard", "Transport"]
@@ -143,6 +143,41 @@ class Transport(ABC):
             outlet.release_all()
         if token_to is not None:
             self.outlet(token_to).send_empty(Kind.DONE, 0, 0, 0)
+
+    def fail(self, error: BaseException, action: str, note: str = "") -> NoReturn:
+        """Ends a step that cannot go on: every rank is told, and this one raises.
+
+        Args:
+            error: What was caught.
+            action: What this rank was doing.
+            note: Added to the exception that is raised.
+
+        Raises:
+            PipelineError: Another rank's failure.
+            BaseException: `error` itself, if it is this rank's own.
+        """
+        report: FailureReport | None = None
+        if isinstance(error, RemoteFailure):
+            report = error.report
+        elif isinstance(error, ConnectionLost):
+            report = self.find_report() or FailureReport(
+                error.peer,
+                -1,
+                "an unknown action",
+                "it closed its connection without a word: killed, or ended early",
+                "",
+            )
+        own = report is None
+        if report is None:
+            report = FailureReport.of(error, rank=self.rank, global_rank=self.global_rank, action=action)
+            self.publish(report)
+        self.abort(report)
+        raised: BaseException = error if own else report.as_error()
+        if note and hasattr(raised, "add_note"):
+            raised.add_note(note)
+        if own:
+            raise raised
+        raise raised from (error.__cause__ if isinstance(error, ConnectionLost) else None)
 
     def abort(self, report: FailureReport) -> None:
         """Tells every neighbour, forgets all edges, and starts a new epoch, in which the next step is clean."""

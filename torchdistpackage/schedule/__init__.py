@@ -14,7 +14,7 @@ from torchdistpackage.schedule.lowering import (
 )
 from torchdistpackage.schedule.placement import Placement
 from torchdistpackage.schedule.plan import Plan
-from torchdistpackage.schedule.registry import build, canonical_name, names
+from torchdistpackage.schedule.registry import ScheduleFacts, build, canonical_name, complete, describe, names
 from torchdistpackage.schedule.timeline import Span, Timeline
 from torchdistpackage.schedule.verify import peak_activations, verify
 
@@ -23,12 +23,15 @@ __all__ = [
     "Op",
     "Placement",
     "Plan",
+    "ScheduleFacts",
     "Span",
     "Timeline",
     "add_communication",
     "add_reduce_grad",
     "build",
     "canonical_name",
+    "complete",
+    "describe",
     "forward_only",
     "merge_backwards",
     "names",
