@@ -15,11 +15,13 @@ from torchdistpackage.schedule.lowering import (
 from torchdistpackage.schedule.placement import Placement
 from torchdistpackage.schedule.plan import Plan
 from torchdistpackage.schedule.registry import ScheduleFacts, build, canonical_name, complete, describe, names
+from torchdistpackage.schedule.simulate import CostModel, simulate
 from torchdistpackage.schedule.timeline import Span, Timeline
 from torchdistpackage.schedule.verify import peak_activations, verify
 
 __all__ = [
     "Action",
+    "CostModel",
     "Op",
     "Placement",
     "Plan",
@@ -36,6 +38,7 @@ __all__ = [
     "merge_backwards",
     "names",
     "peak_activations",
+    "simulate",
     "split_backwards",
     "verify",
     "without_communication",
