@@ -12,6 +12,7 @@ what the plain loop would have.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from torch.optim import Optimizer
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.data_parallel import DistributedDataParallelReducer
+from torchdistpackage.parallel.measure import measure_step
+from torchdistpackage.parallel.step_plan import AutoPlan, is_auto, resolve_plan
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.runtime.backward import BackwardFn
 from torchdistpackage.runtime.executor import ChunkWork, Executor, StepResult
@@ -31,33 +34,37 @@ from torchdistpackage.runtime.loopback import loopback
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.microbatch import merge_outputs, weighted_sum
 from torchdistpackage.runtime.p2p import DistributedTransport, TensorGroupShard
+from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.stage import ForwardFn
 from torchdistpackage.runtime.transport import Transport
-from torchdistpackage.schedule import Plan, build
+from torchdistpackage.schedule import Plan, Timeline
 from torchdistpackage.topology import tpc
 
-__all__ = ["forward_backward", "forward_eval"]
+__all__ = ["forward_backward", "forward_eval", "last_plan", "last_timeline"]
 
 
 def forward_backward(
     optimizer: Optimizer | None = None,
     fwd_fn: ForwardFn | Sequence[ForwardFn] | None = None,
-    bwd_fn: BackwardFn | None = None,
+    bwd_fn: BackwardFn | Sequence[BackwardFn | None] | None = None,
     inputs: Any = None,
     num_microbatches: int = 1,
     forward_only: bool = False,
     dtype: torch.dtype | None = None,
     scatter_gather_tensors: bool = False,
     *,
-    schedule: str = "1f1b",
+    schedule: str | Plan | os.PathLike[str] = "1f1b",
+    memory_limit: float | None = None,
     loss_reduction: str = "mean",
     broadcast_loss: bool = False,
     data_parallel: DistributedDataParallel | Sequence[DistributedDataParallel] | None = None,
+    record_timeline: bool | str | os.PathLike[str] = False,
 ) -> Any:
     """Runs the forward and backward of one batch through the pipeline; `.grad` is then as after a plain step.
 
     Call it on every rank of the pipeline with the same arguments, except for `fwd_fn`, `bwd_fn` and `inputs`, which are
-    this stage's.
+    this stage's. Under a schedule with several chunks a rank, `fwd_fn`, `inputs` and, if given, `bwd_fn` are lists with
+    one entry for each stage of this rank, in the order of the model.
 
     Args:
         optimizer: Its `zero_grad()` is called first. With None nothing is zeroed: gradients are only ever added to, so
@@ -76,11 +83,17 @@ def forward_backward(
         dtype: Cast floating tensors to this dtype while they travel between ranks.
         scatter_gather_tensors: With a tensor group of t ranks, each sends 1/t of every message and gathers the rest;
             exact where the ranks of the tensor group hold the same activations.
-        schedule: A name of `torchdistpackage.schedule.names()`.
+        schedule: A name of `torchdistpackage.schedule.names()`; a `Plan`; the path of a CSV file with one; or `"auto"`
+            (`"auto-v"` for chunks in v placement): the costs of the stages are measured during the first steps of each
+            shape of the batch, and the best plan for them runs from then on.
+        memory_limit: With `"auto"`, the most bytes of activations that a rank may hold.
         loss_reduction: `"mean"`: loss and gradients are those of the full batch's mean loss, uneven micro-batches
             included. `"sum"`: those of the sum over the micro-batches.
         broadcast_loss: Return on every rank what the last stage returns.
         data_parallel: The DistributedDataParallel modules that `fwd_fn` uses; None to find them.
+        record_timeline: Measure when every action of this step ran on every rank; `last_timeline()` then has it. With a
+            path, the first rank also draws it next to the simulated step: a picture (`.png`, `.svg`), or a trace for
+            Perfetto (`.json`).
 
     Returns:
         On the rank of the last stage the batch's loss, detached, or with `forward_only` and outputs that are not
@@ -88,7 +101,7 @@ def forward_backward(
 
     Raises:
         TopologyError: Process groups have not been set up.
-        ScheduleError: Unknown schedule, or num_microbatches below 1.
+        ScheduleError: Unknown or wrong schedule, or num_microbatches below 1; nothing fits the memory limit.
         PipelineError: Bad inputs, ranks that disagree, or a failure on another rank; the message says which. This
             rank's own exceptions come as they are. After either the same objects can run the next step.
 
@@ -106,10 +119,15 @@ def forward_backward(
     shared_by = ", loss on every rank" if broadcast_loss else ""
     try:
         _check_arguments(optimizer, fwd_fn, bwd_fn, loss_reduction, dtype)
-        plan = build(schedule, size, num_microbatches, forward_only=forward_only)
+        auto = _auto(kept, schedule, num_microbatches, fwd_fn, memory_limit)
+        plan = _plan(auto, schedule, size, num_microbatches, forward_only, fwd_fn, inputs)
         executor = _executor(kept, plan)
         shard = _tensor_shard(scatter_gather_tensors)
         work = _chunks(plan, transport.rank, fwd_fn, bwd_fn, inputs, data_parallel)
+        planning = auto is not None and not forward_only
+        recorder = auto.recorder() if auto is not None and planning else None
+        if record_timeline and recorder is None:
+            recorder = Recorder(transport.device)
         if optimizer is not None:
             optimizer.zero_grad()
     except BaseException as error:
@@ -122,11 +140,35 @@ def forward_backward(
             wire_dtype=dtype,
             shard=shard,
             around=tied,
+            recorder=recorder,
         )
         value = _merged(result, forward_only) if result.outputs else None
     if broadcast_loss:
         value = _shared(transport, plan, value)
+    kept.plan = plan
+    if recorder is not None or planning:
+        _after_recording(kept, plan, recorder, auto if planning else None, record_timeline)
     return value
+
+
+def last_plan() -> Plan | None:
+    """The plan that the last step ran; None before the first.
+
+    Example:
+        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=8, schedule="auto")
+        >>> print(last_plan().to_text())
+    """
+    return _kept[0].plan if _kept else None
+
+
+def last_timeline() -> Timeline | None:
+    """What `record_timeline` measured in the last recorded step, the same on every rank; None before the first.
+
+    Example:
+        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=8, record_timeline=True)
+        >>> print(last_timeline().bubble_share)
+    """
+    return _kept[0].timeline if _kept else None
 
 
 def forward_eval(fwd_fn: ForwardFn, inputs: Any = None, dtype: torch.dtype | None = None, **options: Any) -> Any:
@@ -155,7 +197,8 @@ def _check_arguments(optimizer: Any, fwd_fn: Any, bwd_fn: Any, loss_reduction: A
             f"optimizer is a {type(optimizer).__name__} without zero_grad(); the order of arguments is "
             "forward_backward(optimizer, fwd_fn, bwd_fn, inputs, ...)"
         )
-    if bwd_fn is not None and not callable(bwd_fn):
+    backwards = bwd_fn if isinstance(bwd_fn, (list, tuple)) else [bwd_fn]
+    if any(function is not None and not callable(function) for function in backwards):
         raise PipelineError(f"bwd_fn must be a function of (output, output_grad) or None, got {bwd_fn!r}")
     if loss_reduction not in ("mean", "sum"):
         raise PipelineError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
@@ -163,15 +206,45 @@ def _check_arguments(optimizer: Any, fwd_fn: Any, bwd_fn: Any, loss_reduction: A
         raise PipelineError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
 
 
+def _auto(kept: _Kept, schedule: Any, m: int, fwd_fn: Any, memory_limit: float | None) -> AutoPlan | None:
+    """The planner of this kind of step, if it is to be planned."""
+    if not is_auto(schedule):
+        if memory_limit is not None:
+            raise PipelineError(f"memory_limit={memory_limit} needs schedule='auto'; {schedule!r} holds what it holds")
+        return None
+    key = (schedule.lower(), m, _count(fwd_fn) or 1, memory_limit)
+    if key not in kept.planners:
+        kept.planners[key] = AutoPlan(kept.transport, kept.control, *key)
+    return kept.planners[key]
+
+
+def _plan(
+    auto: AutoPlan | None, schedule: Any, size: int, m: int, forward_only: bool, fwd_fn: Any, inputs: Any
+) -> Plan:
+    if auto is None:
+        return resolve_plan(schedule, size, m, forward_only=forward_only, chunks=_count(fwd_fn))
+    return auto.evaluation() if forward_only else auto.begin(inputs)
+
+
+def _count(fwd_fn: Any) -> int | None:
+    return len(fwd_fn) if isinstance(fwd_fn, (list, tuple)) else None
+
+
 def _chunks(plan: Plan, rank: int, fwd_fn: Any, bwd_fn: Any, inputs: Any, data_parallel: Any) -> list[ChunkWork]:
     """One entry for each stage of this rank; with one chunk a rank `fwd_fn` and `inputs` are that entry."""
-    count = len(plan.placement.local_stages(rank))
-    functions = [fwd_fn] if count == 1 and not isinstance(fwd_fn, (list, tuple)) else list(fwd_fn)
-    own = [inputs] if count == 1 else [None] * count if inputs is None else list(inputs)
-    if len(functions) != count or len(own) != count or not all(map(callable, functions)):
+    stages = plan.placement.local_stages(rank)
+    count = len(stages)
+    several = isinstance(fwd_fn, (list, tuple))
+    functions = list(fwd_fn) if several else [fwd_fn]
+    backwards = list(bwd_fn) if isinstance(bwd_fn, (list, tuple)) else [bwd_fn] * count
+    one = count == 1 and not (several and isinstance(inputs, (list, tuple)) and len(inputs) == 1)
+    own = [inputs] if one else [None] * count if inputs is None else inputs
+    fits = isinstance(own, (list, tuple)) and len(functions) == len(backwards) == len(own) == count
+    if not fits or not all(map(callable, functions)):
         raise PipelineError(
-            f"rank {rank} runs {count} stage(s) under schedule {plan.name!r}: fwd_fn must be {count} function(s) and "
-            f"inputs must have {count} entries"
+            f"schedule {plan.name!r} gives rank {rank} {count} stage(s), {stages}: fwd_fn must be a list of {count} "
+            f"function(s), and inputs None or a list of {count} entries (None where a stage has none), in this order; "
+            f"got {len(functions)} function(s) and {_amount(inputs)}"
         )
     # Without replicas there is nothing to find, except for a wrapper around the one replica of a "data" dimension.
     replicas = tpc._is_inited("data") or (dist.is_initialized() and dist.get_world_size() > plan.placement.num_ranks)
@@ -182,12 +255,16 @@ def _chunks(plan: Plan, rank: int, fwd_fn: Any, bwd_fn: Any, inputs: Any, data_p
     return [
         ChunkWork(
             function,
-            bwd_fn,
+            backward,
             mine,
             DistributedDataParallelReducer(modules) if modules is not None or searching else None,
         )
-        for function, mine in zip(functions, own, strict=True)
+        for function, backward, mine in zip(functions, backwards, own, strict=True)
     ]
+
+
+def _amount(inputs: Any) -> str:
+    return f"{len(inputs)} inputs" if isinstance(inputs, (list, tuple)) else f"inputs of type {type(inputs).__name__}"
 
 
 def _merged(result: StepResult, forward_only: bool) -> Any:
@@ -197,6 +274,22 @@ def _merged(result: StepResult, forward_only: bool) -> Any:
     losses = [output for output in result.outputs if isinstance(output, Tensor) and output.numel() == 1]
     # A custom backward may start from something else than a loss; then there is no number to return.
     return weighted_sum(losses, result.weights) if len(losses) == len(result.outputs) else None
+
+
+def _after_recording(
+    kept: _Kept, plan: Plan, recorder: Recorder | None, auto: AutoPlan | None, wanted: bool | str | os.PathLike[str]
+) -> None:
+    """What a recorded step is good for: the next plan, `last_timeline`, a picture. Collective over the pipeline."""
+    try:
+        measured = None if recorder is None else measure_step(kept.transport, kept.control, plan, recorder)
+        if auto is not None:
+            auto.end(measured)
+        if measured is not None and wanted:
+            kept.timeline = measured.timeline
+            if not isinstance(wanted, bool) and kept.transport.rank == 0:
+                measured.draw(wanted)
+    except BaseException as error:
+        kept.transport.fail(error, "what follows a recorded step")
 
 
 def _shared(transport: Transport, plan: Plan, value: Any) -> Any:
@@ -224,8 +317,12 @@ class _Kept:
     """What belongs to the pipeline group that is set up now."""
 
     group: dist.ProcessGroup | None
+    control: dist.ProcessGroup | None
     transport: Transport
     executors: dict[Plan, Executor] = field(default_factory=dict)
+    planners: dict[Any, AutoPlan] = field(default_factory=dict)
+    plan: Plan | None = None
+    timeline: Timeline | None = None
 
 
 _MOST_PLANS = 64  # a caller with a new number of micro-batches every step must not fill the memory
@@ -241,7 +338,7 @@ def _runtime(size: int) -> _Kept:
         transport: Transport = loopback(1, device=device)[0]
         if control is not None:
             transport = DistributedTransport(control, tpc.get_edge_groups(), device=device)
-        _kept[:] = [_Kept(group, transport)]
+        _kept[:] = [_Kept(group, control, transport)]
     return _kept[0]
 
 
