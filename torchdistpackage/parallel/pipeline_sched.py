@@ -40,7 +40,7 @@ from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.schedule import Plan, Timeline
 from torchdistpackage.topology import tpc
 
-__all__ = ["forward_backward", "forward_eval", "last_plan", "last_timeline"]
+__all__ = ["Runtime", "current_runtime", "forward_backward", "forward_eval", "last_plan", "last_timeline"]
 
 
 def forward_backward(
@@ -113,8 +113,8 @@ def forward_backward(
         >>> inputs = samples if tpc.is_first_in_pipeline_group() else [targets]
         >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
     """
-    size = tpc.get_pp_size()
-    kept = _runtime(size)
+    kept = current_runtime()
+    size = kept.transport.num_ranks
     transport, tied = kept.transport, ties()
     shared_by = ", loss on every rank" if broadcast_loss else ""
     try:
@@ -206,7 +206,7 @@ def _check_arguments(optimizer: Any, fwd_fn: Any, bwd_fn: Any, loss_reduction: A
         raise PipelineError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
 
 
-def _auto(kept: _Kept, schedule: Any, m: int, fwd_fn: Any, memory_limit: float | None) -> AutoPlan | None:
+def _auto(kept: Runtime, schedule: Any, m: int, fwd_fn: Any, memory_limit: float | None) -> AutoPlan | None:
     """The planner of this kind of step, if it is to be planned."""
     if not is_auto(schedule):
         if memory_limit is not None:
@@ -277,7 +277,7 @@ def _merged(result: StepResult, forward_only: bool) -> Any:
 
 
 def _after_recording(
-    kept: _Kept, plan: Plan, recorder: Recorder | None, auto: AutoPlan | None, wanted: bool | str | os.PathLike[str]
+    kept: Runtime, plan: Plan, recorder: Recorder | None, auto: AutoPlan | None, wanted: bool | str | os.PathLike[str]
 ) -> None:
     """What a recorded step is good for: the next plan, `last_timeline`, a picture. Collective over the pipeline."""
     try:
@@ -313,7 +313,7 @@ def _shared(transport: Transport, plan: Plan, value: Any) -> Any:
 
 
 @dataclass
-class _Kept:
+class Runtime:
     """What belongs to the pipeline group that is set up now."""
 
     group: dist.ProcessGroup | None
@@ -326,11 +326,16 @@ class _Kept:
 
 
 _MOST_PLANS = 64  # a caller with a new number of micro-batches every step must not fill the memory
-_kept: list[_Kept] = []
+_kept: list[Runtime] = []
 
 
-def _runtime(size: int) -> _Kept:
-    """The transport of the current pipeline group; a pipeline of one rank needs no processes."""
+def current_runtime() -> Runtime:
+    """The transport of the current pipeline group; a pipeline of one rank needs no processes.
+
+    Raises:
+        TopologyError: Process groups have not been set up.
+    """
+    size = tpc.get_pp_size()
     group = tpc.get_group("pipe") if size > 1 else None
     control = tpc.get_control_group("pipe") if size > 1 else None
     if not _kept or _kept[0].group is not group:
@@ -338,11 +343,11 @@ def _runtime(size: int) -> _Kept:
         transport: Transport = loopback(1, device=device)[0]
         if control is not None:
             transport = DistributedTransport(control, tpc.get_edge_groups(), device=device)
-        _kept[:] = [_Kept(group, control, transport)]
+        _kept[:] = [Runtime(group, control, transport)]
     return _kept[0]
 
 
-def _executor(kept: _Kept, plan: Plan) -> Executor:
+def _executor(kept: Runtime, plan: Plan) -> Executor:
     executor = kept.executors.get(plan)
     if executor is None:
         if len(kept.executors) >= _MOST_PLANS:

@@ -40,7 +40,7 @@ from torchdistpackage.schedule import (
     without_communication,
 )
 
-__all__ = ["AutoPlan", "is_auto", "resolve_plan"]
+__all__ = ["AutoPlan", "is_auto", "leanest_plan", "resolve_plan"]
 
 _log = logging.getLogger(__name__)
 _DECISION = 4  # what an exchange is about, in the place of a micro-batch's number; see `measure.py`
@@ -145,7 +145,7 @@ class AutoPlan:
     ) -> None:
         self._transport, self._group = transport, group
         self._placement, self._memory_limit = _AUTO[schedule.lower()], memory_limit
-        self._whole = _leanest(self._placement, transport.num_ranks, num_microbatches, chunks)
+        self._whole = leanest_plan(self._placement, transport.num_ranks, num_microbatches, chunks)
         self._split = complete(split_backwards(without_communication(self._whole)))
         self._shapes: dict[int, _Shape] = {}
         self._numbers: dict[Any, int] = {}  # on the first rank: what a batch looks like -> its number
@@ -240,7 +240,7 @@ def _hear(transport: Transport) -> tuple[int, int]:
     return int(number), int(kind)
 
 
-def _leanest(placement: str, num_ranks: int, num_microbatches: int, chunks: int) -> Plan:
+def leanest_plan(placement: str, num_ranks: int, num_microbatches: int, chunks: int) -> Plan:
     """The unsplit schedule of the catalogue that holds the fewest activations: it must run before memory is known."""
     fitting = [name for name in names() if (facts := describe(name)).placement == placement and facts.runs(chunks)]
     plans = [build(name, num_ranks, num_microbatches, chunks=chunks) for name in fitting if not describe(name).split]

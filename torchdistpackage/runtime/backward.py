@@ -16,7 +16,16 @@ from torch import Tensor
 
 from torchdistpackage.errors import PipelineError
 
-__all__ = ["BackwardFn", "Roots", "differentiable_alias", "loss_root", "pairs", "run_backward", "weighted_loss"]
+__all__ = [
+    "BackwardFn",
+    "Roots",
+    "differentiable_alias",
+    "loss_root",
+    "pairs",
+    "reachable_leaves",
+    "run_backward",
+    "weighted_loss",
+]
 
 BackwardFn = Callable[[Any, Any], Any]
 
@@ -75,6 +84,20 @@ def pairs(roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Roots:
         return Roots((), ()) if gradient is None else Roots((roots[0],), (gradient,))
     found = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if gradient is not None]
     return Roots(tuple(root for root, _ in found), tuple(gradient for _, gradient in found))
+
+
+def reachable_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that a backward from these tensors would give gradients to."""
+    stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen, found = set(stack), []
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        fresh = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= fresh
+        stack.extend(fresh)
+    return found
 
 
 def run_backward(roots: Roots, *, keep_graph: bool = False, inputs: tuple[Tensor, ...] = ()) -> None:
