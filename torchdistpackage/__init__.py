@@ -30,8 +30,11 @@ if TYPE_CHECKING:
         flatten_sequence,
         forward_backward,
         forward_eval,
+        last_plan,
+        last_timeline,
         partition_balanced,
         partition_uniform,
+        profile_stage_costs,
         tie_parameters,
     )
     from torchdistpackage.split import load_whole_model_state_dict, whole_model_names, whole_model_state_dict
@@ -54,8 +57,8 @@ _HOME = {
         "TransportError"
     ),
     "torchdistpackage.parallel": (
-        "DDP clip_grad_norm_ flat_and_partition flatten_model flatten_sequence forward_backward forward_eval "
-        "partition_balanced partition_uniform tie_parameters"
+        "DDP clip_grad_norm_ flat_and_partition flatten_model flatten_sequence forward_backward forward_eval last_plan "
+        "last_timeline partition_balanced partition_uniform profile_stage_costs tie_parameters"
     ),
     "torchdistpackage.split": "load_whole_model_state_dict whole_model_names whole_model_state_dict",
     "torchdistpackage.topology": (
@@ -84,9 +87,12 @@ __all__ = [
     "forward_backward",
     "forward_eval",
     "is_using_pp",
+    "last_plan",
+    "last_timeline",
     "load_whole_model_state_dict",
     "partition_balanced",
     "partition_uniform",
+    "profile_stage_costs",
     "setup_distributed",
     "setup_node_groups",
     "test_comm",

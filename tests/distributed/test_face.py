@@ -21,7 +21,7 @@ from torchdistpackage import (
     tie_parameters,
     tpc,
 )
-from torchdistpackage.schedule import names
+from torchdistpackage.schedule import describe, names
 
 
 def train_everywhere(rank, world, pipe):
@@ -29,7 +29,7 @@ def train_everywhere(rank, world, pipe):
     reference = make_layers()
     stage = nn.Sequential(*partition_uniform(list(copy.deepcopy(reference))))
     part = nn.Sequential(*partition_uniform(list(reference), num_stages=pipe, stage=tpc.get_pp_rank()))
-    for name in names():
+    for name in (name for name in names() if describe(name).chunks == 1):
         for rows, m in ((8, 4), (10, 4), (3, 4), (32, 2)):
             x, y = torch.randn(rows, 6).double(), torch.randn(rows, 6).double()
             reference.zero_grad()
@@ -147,7 +147,7 @@ def wrong_use(rank, world):
     own = x if first else None
     with pytest.raises(ScheduleError, match="at least 1, got 0"):
         forward_backward(fwd_fn=fwd_fn, inputs=own, num_microbatches=0)
-    with pytest.raises(ScheduleError, match="known schedules: 1f1b, gpipe"):
+    with pytest.raises(ScheduleError, match="known schedules: 1f1b, .*gpipe"):
         forward_backward(fwd_fn=fwd_fn, inputs=own, schedule="zigzag")
     with pytest.raises(PipelineError, match="loss_reduction must be"):
         forward_backward(fwd_fn=fwd_fn, inputs=own, loss_reduction="median")

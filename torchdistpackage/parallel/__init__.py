@@ -10,7 +10,8 @@ from torchdistpackage.parallel.pipeline_helper import (
     partition_balanced,
     partition_uniform,
 )
-from torchdistpackage.parallel.pipeline_sched import forward_backward, forward_eval
+from torchdistpackage.parallel.pipeline_sched import forward_backward, forward_eval, last_plan, last_timeline
+from torchdistpackage.parallel.profile import profile_stage_costs
 from torchdistpackage.parallel.tied_parameters import tie_parameters
 
 __all__ = [
@@ -22,7 +23,10 @@ __all__ = [
     "flatten_sequence",
     "forward_backward",
     "forward_eval",
+    "last_plan",
+    "last_timeline",
     "partition_balanced",
     "partition_uniform",
+    "profile_stage_costs",
     "tie_parameters",
 ]

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.data_parallel import DistributedDataParallelReducer
-from torchdistpackage.parallel.measure import measure_step
+from torchdistpackage.parallel.measure import check_drawable, measure_step
 from torchdistpackage.parallel.step_plan import AutoPlan, is_auto, resolve_plan
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.runtime.backward import BackwardFn
@@ -119,6 +119,8 @@ def forward_backward(
     shared_by = ", loss on every rank" if broadcast_loss else ""
     try:
         _check_arguments(optimizer, fwd_fn, bwd_fn, loss_reduction, dtype)
+        if not isinstance(record_timeline, bool) and transport.rank == 0:
+            check_drawable(record_timeline)
         auto = _auto(kept, schedule, num_microbatches, fwd_fn, memory_limit)
         plan = _plan(auto, schedule, size, num_microbatches, forward_only, fwd_fn, inputs)
         executor = _executor(kept, plan)

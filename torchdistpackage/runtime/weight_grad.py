@@ -16,7 +16,7 @@ backward:
 - nodes inside of non-reentrant checkpointing: asking them twice would run the forward twice.
 
 Where nothing can be put off, or where the engine must not be asked for parts (reentrant checkpointing, compiled
-graphs), the whole backward runs as I and W does nothing; the executor counts that.
+graphs, fully_shard), the whole backward runs as I and W does nothing; the executor counts that.
 
 Sources: the split is that of Qi et al., "Zero Bubble Pipeline Parallelism", 2023; cutting it out of the recorded graph
 rather than out of the layers is what makes it hold for any module.
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torchdistpackage.runtime.backward import Roots, run_backward
@@ -56,6 +57,9 @@ _SEPARABLE = frozenset(
         "ThnnConv2DBackward",
     }
 )
+# Custom functions that forbid parts (reentrant checkpointing), free what a second part needs (compiled graphs), or take
+# the end of the input's gradient for the end of the backward (fully_shard).
+_WHOLE = ("Checkpoint", "Compiled", "RegisterPostBackward")
 _ACCUMULATE: type = torch._C._functions.AccumulateGrad
 
 
@@ -132,9 +136,8 @@ def find_cut(roots: Sequence[Any], leaves: Sequence[Tensor]) -> Cut | str:
             to_input[node] = type(node) is _ACCUMULATE and id(_leaf(node)) in inputs
             stack.pop()
             continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            if (name := type(node).__name__).startswith(("Checkpoint", "Compiled")):
-                return f"its graph holds {name}, which can only run as a whole"
+        if isinstance(node, BackwardCFunction) and type(node).__name__.startswith(_WHOLE):
+            return f"its graph holds {type(node).__name__}, which can only run as a whole"
         stack.extend(child for child in children if child not in edges)
     return _cut(start, edges, to_input)
 
