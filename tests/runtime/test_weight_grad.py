@@ -234,10 +234,11 @@ def test_a_custom_function_runs_its_backward_once_for_each_microbatch():
     assert Scale.calls == 2
 
 
-def test_what_cannot_be_split_is_counted_with_its_reason():
+def test_what_cannot_be_split_is_counted_with_its_reason(caplog):
     _, result = counted(SPLIT, nn.Sequential(nn.Linear(WIDTH, WIDTH), Checkpointed(True)))
     assert result.unsplit[1][0] == 2
     assert "CheckpointFunctionBackward" in result.unsplit[1][1]
+    assert "stage 1: the backward of 2 of 2 micro-batches could not be split" in caplog.text
     _, result = counted(SPLIT, nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
     assert result.unsplit[1] == (2, "it has no weight gradient that can be computed by itself")
     _, result = counted(SPLIT, nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)))

@@ -17,6 +17,7 @@ and a step ends with all of them empty. Neighbours: `program.py` resolves the pl
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from torchdistpackage.runtime.transport import TensorShard, Transport
 from torchdistpackage.schedule import Op, Plan
 
 __all__ = ["ChunkWork", "Executor", "StepExtension", "StepResult"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Executor:
         }
         self._steps = [(handlers[at.op], at) for at in self._program.instructions]
         self._recorder: Recorder | None = None
+        self._told = False
 
     def run(
         self,
@@ -175,6 +179,13 @@ class Executor:
         sizes = microbatch_sizes(self._rows, self.plan.num_microbatches)[: self._filled]
         weights = [self._weight(size) for size in sizes]
         unsplit = {s: (len(stage.unsplit), stage.unsplit[0]) for s, stage in self._stages.items() if stage.unsplit}
+        if unsplit and not self._told:
+            self._told = True  # a schedule that lives on the split is no better than 1F1B then
+            for index, (count, reason) in unsplit.items():
+                _log.warning(
+                    "stage %d: the backward of %d of %d micro-batches could not be split and ran whole, because %s",
+                    *(index, count, self._filled, reason),
+                )
         result = StepResult([self._outputs[i] for i in sorted(self._outputs)], weights, self._rows, unsplit)
         self._forget()
         return result

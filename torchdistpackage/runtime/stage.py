@@ -195,7 +195,7 @@ class Stage:
         saved = self._saved.pop(microbatch)
         output = saved.output if self._watched else None  # only a reducer still looks at it
         if self._backward_fn is not None:
-            reason: str | None = "bwd_fn of the user runs as a whole"
+            reason: str | None = "a bwd_fn was given, which does what it does at once"
             self._run_whole(saved, gradients, weight)
         elif not saved.leaves:
             self._waiting[microbatch] = _Waiting([], self._roots(saved, gradients, weight), output)
