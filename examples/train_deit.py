@@ -57,7 +57,7 @@ def get_args():
     parallel.add_argument("--pp", type=int, default=2, help="pipeline stages")
     parallel.add_argument("--dp", type=int, default=1, help="replicas")
     parallel.add_argument("--microbatches", type=int, default=4)
-    parallel.add_argument("--schedule", default="1f1b", help="1f1b or gpipe")
+    parallel.add_argument("--schedule", default="1f1b", help="auto, or one with one chunk a rank: gpipe, zb-h1")
     model = p.add_argument_group("model")
     model.add_argument("--model", default="deit_tiny_patch16_224", help="any vision transformer of timm, by name")
     model.add_argument("--img-size", type=int, default=32)
