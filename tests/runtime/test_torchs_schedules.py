@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from loopback_pipeline import assert_same_gradients, plain_loop, train
+from loopback_pipeline import plain_loop, train
 from torch import nn
 
 from torchdistpackage.schedule import CostModel, Plan, build, complete, simulate
@@ -36,5 +36,7 @@ def test_torchs_text_is_read_proved_and_run(name, chunks, p, m):
     stages = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in plan.placement.owners])
     reference = copy.deepcopy(stages)
     x, y = torch.randn(2 * m + 1, 4), torch.randn(2 * m + 1, 4)
-    assert torch.equal(train(plan, stages, x, y, m), plain_loop(reference, x, y, m))
-    assert_same_gradients(stages, reference)
+    assert torch.allclose(train(plan, stages, x, y, m), plain_loop(reference, x, y, m))
+    for mine, theirs in zip(stages.parameters(), reference.parameters(), strict=True):
+        # torch's LoopedBFS goes backward through the micro-batches in reverse: another order of summation.
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-7)
