@@ -216,7 +216,8 @@ def _auto(kept: Runtime, schedule: Any, m: int, fwd_fn: Any, memory_limit: float
         return None
     key = (schedule.lower(), m, _count(fwd_fn) or 1, memory_limit)
     if key not in kept.planners:
-        kept.planners[key] = AutoPlan(kept.transport, kept.control, *key)
+        replicas = [tpc.get_control_group(mode) for mode in ("data", "tensor") if tpc.is_mode_inited(mode)]
+        kept.planners[key] = AutoPlan(kept.transport, kept.control, *key, replicas=replicas)
     return kept.planners[key]
 
 

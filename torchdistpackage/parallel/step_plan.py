@@ -7,13 +7,15 @@ The choice (`schedule="auto"`) is made while training goes on, in steps that cou
                                                           plan on rank 0, broadcast
 
 The first rank sees the batch, so it decides in which of these a step is, and says so down the ranks ahead of its first
-message: nobody waits longer than for that message anyway. Another shape of the batch has its own count.
+message: nobody waits longer than for that message anyway. Another shape of the batch has its own count. Replicas of the
+pipeline (data, tensor) follow the first one: their collectives must come in one order.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -129,6 +131,7 @@ class AutoPlan:
         num_microbatches: m.
         chunks: Stages of a rank.
         memory_limit: Bytes of activations that a rank may hold.
+        replicas: Groups over which this pipeline has replicas, for CPU tensors.
 
     Raises:
         ScheduleError: No schedule of the catalogue fits the placement and the chunks.
@@ -142,8 +145,10 @@ class AutoPlan:
         num_microbatches: int,
         chunks: int,
         memory_limit: float | None,
+        *,
+        replicas: Sequence[dist.ProcessGroup] = (),
     ) -> None:
-        self._transport, self._group = transport, group
+        self._transport, self._group, self._replicas = transport, group, replicas
         self._placement, self._memory_limit = _AUTO[schedule.lower()], memory_limit
         self._whole = leanest_plan(self._placement, transport.num_ranks, num_microbatches, chunks)
         self._split = complete(split_backwards(without_communication(self._whole)))
@@ -195,7 +200,10 @@ class AutoPlan:
             look = tuple(_look(leaf) for leaf in pytree.tree_leaves(inputs))
             number = self._numbers.setdefault(look, len(self._numbers))
             steps = self._shapes[number].steps if number in self._shapes else 0
-            kind = _STEPS[steps] if steps < len(_STEPS) else _PLANNED
+            decision = torch.tensor([number, _STEPS[steps] if steps < len(_STEPS) else _PLANNED])
+            for group in self._replicas:
+                dist.broadcast(decision, src=dist.get_global_rank(group, 0), group=group)
+            number, kind = map(int, decision.tolist())
         else:
             number, kind = _hear(transport)
         if transport.rank + 1 < transport.num_ranks:
@@ -209,7 +217,8 @@ class AutoPlan:
 
         costs = stage_costs(samples, self._whole.placement.num_stages)
         box: list[Any] = [None]
-        if self._transport.rank == 0:
+        first = self._transport.rank == 0
+        if first and all(dist.get_rank(group) == 0 for group in self._replicas):
             try:
                 planned = planner.plan(
                     costs,
@@ -222,8 +231,8 @@ class AutoPlan:
                 _log.info("planned %s: %.1f %% above the lower bound", planned.plan.name, 100 * (planned.ratio - 1))
             except ScheduleError as error:
                 box = [str(error)]
-        if self._group is not None:
-            dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
+        for group in [*(self._replicas if first else ()), *([] if self._group is None else [self._group])]:
+            dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
         if isinstance(box[0], str):
             raise ScheduleError(f"no schedule could be planned: {box[0]}")
         name, text = box[0]
