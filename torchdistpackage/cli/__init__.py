@@ -1,7 +1,13 @@
-"""The command `torchdistpackage`: plans on the command line. Starts without torch.
+"""The command `torchdistpackage`: plans on the command line, and a test of the network. Starts without torch.
 
 torchdistpackage schedule list
-torchdistpackage schedule show 1f1b --ranks 4 --microbatches 8
+torchdistpackage schedule show 1f1b -p 4 -m 8
+torchdistpackage comm-check --nproc 2
+
+commands.py    the root
+schedules.py   schedule list, show, verify          planning.py    schedule simulate, trace, plan
+comm_check.py  comm-check                           inputs.py      plans and costs, from options and files
+                                                    output.py      tables, pictures, and errors in one line
 """
 
 from __future__ import annotations

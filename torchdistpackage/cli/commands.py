@@ -1,11 +1,16 @@
-"""The commands; each is a few lines around one function of the library."""
+"""The root of the command line. Each command is a few lines around one function of the library.
+
+What a command alone needs (torch, matplotlib, rich) is imported when it runs: help and errors come at once.
+"""
 
 from __future__ import annotations
 
 import click
 
-from torchdistpackage import __version__, schedule
-from torchdistpackage.errors import TorchDistError
+from torchdistpackage import __version__
+from torchdistpackage.cli.comm_check import comm_check
+from torchdistpackage.cli.planning import plan_schedule, simulate_schedule, trace_schedule
+from torchdistpackage.cli.schedules import list_schedules, show, verify_file
 
 __all__ = ["torchdistpackage"]
 
@@ -13,35 +18,27 @@ __all__ = ["torchdistpackage"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def torchdistpackage() -> None:
-    """Pipeline-parallel training in PyTorch, inside the user's own loop."""
+    """Pipeline-parallel training in PyTorch, inside the user's own loop.
+
+    \b
+    torchdistpackage schedule list
+    torchdistpackage schedule show zb-v -p 4 -m 8
+    torchdistpackage comm-check --nproc 2
+    """  # noqa: D301
 
 
 @torchdistpackage.group("schedule")
 def schedule_group() -> None:
-    """Look at schedules: plans are data."""
+    """Look at schedules, prove, time and draw them: a plan is data.
+
+    \b
+    torchdistpackage schedule show 1f1b -p 4 -m 8
+    torchdistpackage schedule show interleaved-1f1b --chunks 4 --csv > mine.csv
+    torchdistpackage schedule verify mine.csv
+    torchdistpackage schedule simulate mine.csv --weight-grad 0.8 --hop 0.05
+    """  # noqa: D301
 
 
-@schedule_group.command("list")
-def list_schedules() -> None:
-    """Print the names of all schedules."""
-    click.echo("\n".join(schedule.names()))
-
-
-@schedule_group.command("show")
-@click.argument("name")
-@click.option("-p", "--ranks", default=4, show_default=True, help="Ranks of the pipeline.")
-@click.option("-m", "--microbatches", default=8, show_default=True, help="Micro-batches of a step.")
-@click.option("--forward-only", is_flag=True, help="The evaluation plan.")
-@click.option("--communication", is_flag=True, help="Show sends and receives, too.")
-def show(name: str, ranks: int, microbatches: int, forward_only: bool, communication: bool) -> None:
-    """Print what every rank does under schedule NAME.
-
-    Example: torchdistpackage schedule show 1f1b -p 4 -m 8
-    """
-    try:
-        plan = schedule.build(name, ranks, microbatches, forward_only=forward_only)
-    except TorchDistError as error:
-        raise click.ClickException(str(error)) from None
-    if not communication:
-        plan = plan.with_actions([a for a in row if a.op.is_compute] for row in plan.actions)
-    click.echo(plan.to_text())
+for command in (list_schedules, show, verify_file, simulate_schedule, trace_schedule, plan_schedule):
+    schedule_group.add_command(command)
+torchdistpackage.add_command(comm_check)
