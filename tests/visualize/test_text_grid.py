@@ -5,6 +5,7 @@ import pytest
 
 from torchdistpackage.schedule import Action, CostModel, Op, Plan, Span, Timeline, build, names, simulate
 from torchdistpackage.visualize import text_grid, unit_timeline
+from torchdistpackage.visualize.palette import OP_NAMES, ink
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -102,3 +103,11 @@ def test_nothing_is_a_picture_too():
 def test_evaluation_and_one_rank():
     assert grid(build("gpipe", 1, 2, forward_only=True), width=40).splitlines()[2] == "rank 0  F0--- F1---"
     assert unit_timeline(Plan.from_text("0F0 0B0")).makespan == 3
+
+
+@pytest.mark.parametrize("system", [2, 3])
+def test_no_two_kinds_of_boxes_look_alike(system):
+    colour = pytest.importorskip("rich.color")
+    inks = [ink(op, chunk, chunks) for chunks in (1, 2, 3) for op in OP_NAMES for chunk in range(chunks)]
+    fills = {each.fill: colour.Color.parse(each.fill).downgrade(colour.ColorSystem(system)) for each in inks}
+    assert len({str(fill) for fill in fills.values()}) == len(fills)

@@ -28,7 +28,7 @@ _COLOURS = {
     Op.INPUT_GRAD: (204, 121, 167),  # purple
     Op.WEIGHT_GRAD: (0, 158, 115),  # green
 }
-_LIGHTEST = 0.62  # share of white in the last chunk's shade
+_LIGHTEST = 0.5  # share of white in the last chunk's shade; with more, terminals of 256 colours show two as one
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def ink(op: Op, chunk: int = 0, num_chunks: int = 1) -> Ink:
 
     Example:
         >>> ink(Op.FORWARD), ink(Op.FORWARD, 1, 2).fill
-        (Ink(fill='#0072b2', text='#ffffff'), '#9ec9e2')
+        (Ink(fill='#0072b2', text='#ffffff'), '#80b8d8')
     """
     white = _LIGHTEST * chunk / (num_chunks - 1) if num_chunks > 1 else 0.0
     red, green, blue = (round(part + (255 - part) * white) for part in _COLOURS[op])

@@ -161,10 +161,12 @@ def _layout(timeline: Timeline, label: int, room: int, scale: Scale) -> _Layout:
     step = _step(timeline, shortest)
     for wanted in (label + 1, 1):
         least = wanted / shortest
-        full = math.ceil(least * makespan / room - 1e-6) * room / makespan  # all blocks are full
-        most = max(least, min(least * _STRETCH, full))
-        cell = 1 if step is None else max(math.ceil(least * step - 1e-6), int(most * step + 1e-6))
-        per_time = most if step is None else cell / step
+        most = least * _STRETCH
+        if step is None:  # columns are free: all blocks are full
+            cell, per_time = 1, min(most, math.ceil(least * makespan / room - 1e-6) * room / makespan)
+        else:  # a step has whole columns; a short plan fills its only block
+            cell = max(math.ceil(least * step - 1e-6), int(min(most, room / makespan) * step + 1e-6))
+            per_time = cell / step
         if makespan * per_time <= room * blocks:
             return _with_ticks(per_time, makespan, cell, room, wanted > 1, scale)
     return _with_ticks(room * blocks / makespan, makespan, 1, room, False, scale)
@@ -240,7 +242,7 @@ def _rich_colours() -> bool:
     except ModuleNotFoundError:
         return False
     console = Console()
-    return console.color_system is not None and not console.no_color
+    return console.color_system in ("256", "truecolor") and not console.no_color  # 16 colours have no shades
 
 
 def _render(lines: list[Line]) -> str:
