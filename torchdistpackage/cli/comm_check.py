@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from torchdistpackage.cli.output import one_message
-from torchdistpackage.errors import TransportError
+from torchdistpackage.errors import TorchDistError, TransportError
 
 if TYPE_CHECKING:
     from torchdistpackage.topology.comm_check import CommReport
@@ -58,10 +58,17 @@ def comm_check(
     srun torchdistpackage comm-check
     """  # noqa: D301
     setting = _Setting(backend, pipe, numel, iterations, timeout)
-    if nproc is not None:
-        _show(_started_here(setting, nproc))
-    elif not _in_place(setting):
-        _show(_started_here(setting, _gpus_or_two()))
+    try:
+        if nproc is not None:
+            _show(_started_here(setting, nproc))
+        elif not _in_place(setting):
+            _show(_started_here(setting, _gpus_or_two()))
+    except TorchDistError:
+        raise
+    except BrokenProcessPool:
+        raise TransportError("a process of the check died; try another --backend or fewer processes") from None
+    except RuntimeError as error:  # what torch raises: no connection, no such backend
+        raise TransportError(str(error).strip().splitlines()[0]) from None
 
 
 def _show(report: CommReport) -> None:
@@ -108,10 +115,7 @@ def _started_here(setting: _Setting, nproc: int) -> CommReport:
     port = find_free_port()
     with ProcessPoolExecutor(nproc, mp_context=get_context("spawn")) as pool:
         ranks = [pool.submit(_one_rank, rank, nproc, port, setting) for rank in range(nproc)]
-        try:
-            reports = [rank.result() for rank in ranks]
-        except BrokenProcessPool:
-            raise TransportError("a process of the check died; try another --backend or fewer processes") from None
+        reports = [rank.result() for rank in ranks]
     return reports[0]
 
 
