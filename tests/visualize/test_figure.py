@@ -75,3 +75,17 @@ def test_mistakes(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchdistpackage\[viz\]'"):
         figure(timeline())
+
+
+def test_boxes_of_almost_no_time_do_not_cost_the_others_their_numbers():
+    row = [Span(Action(0, op, i), start, end) for i in range(8) for op, start, end in times(i)]
+    (axes,) = figure(Timeline("first stage", (tuple(row),), peak_bytes=(0.0,))).axes
+    assert [text.get_text() for text in axes.texts] == [str(i) for i in range(8) for _ in "FW"]
+
+
+def times(i):
+    return (
+        (Op.FORWARD, 2 * i, 2 * i + 1),
+        (Op.INPUT_GRAD, 2 * i + 1, 2 * i + 1.001),
+        (Op.WEIGHT_GRAD, 2 * i + 1.001, 2 * i + 2),
+    )

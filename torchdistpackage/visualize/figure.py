@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ _ROW = 0.34  # inches
 _FONT = 8.0  # points, of numbers in boxes, where there is room
 _SMALLEST = 6.0  # before numbers get smaller than that, time goes on in a strip below
 _DIGIT = 0.72  # width of a digit with its share of the margins, in font sizes
+_EDGE = 0.6  # points of the white lines between boxes; less where they would eat the boxes
 _NARROW, _WIDE = 8.0, 18.0  # inches of the time axis
 _ROWS = 48  # a picture of more rows is not looked at: then there is one strip without numbers
 _LEFT, _RIGHT, _TOP, _BOTTOM, _BETWEEN = 0.75, 1.1, 0.45, 0.85, 0.6  # inches around and between the strips
@@ -51,6 +53,7 @@ class _Layout:
     length: float
     width: float
     font: float  # points; 0 for no numbers
+    edge: float  # points of the white lines between boxes
 
 
 def figure(
@@ -115,16 +118,18 @@ def _heading(timeline: Timeline, scale: Scale, title: str | None) -> str:
 def _layout(shown: list[Timeline]) -> _Layout:
     """One strip if the numbers have room in it, more if they need more, one without numbers if they need too many."""
     makespan = max(each.makespan for each in shown) or 1.0
-    lengths = sorted((span.end - span.start) / len(str(span.action.microbatch)) for span in _computing(shown))
-    if not lengths:
-        return _Layout(1, makespan, _NARROW, 0.0)
-    length = lengths[len(lengths) // 20]  # a few boxes may be too small for their numbers
+    boxes = [((end - start) / len(str(action.microbatch)), end - start) for action, start, end in _computing(shown)]
+    if not boxes:
+        return _Layout(1, makespan, _NARROW, 0.0, 0.0)
+    middle = statistics.median(box[1] for box in boxes)
+    boxes = sorted(box for box in boxes if box[1] >= middle / 5)  # a first stage's I is next to nothing
+    length = boxes[len(boxes) // 20][0]  # a few more boxes may be too small for their numbers
     inches = makespan / max(length, 1e-6 * makespan) * _DIGIT / 72  # for a font of one point
     strips = math.ceil(inches * _SMALLEST / _WIDE)
     if strips > 1 and strips * len(shown) * shown[0].num_ranks > _ROWS:
-        return _Layout(1, makespan, _WIDE, 0.0)
+        return _Layout(1, makespan, _WIDE, 0.0, min(_EDGE, 6 * _WIDE * length / makespan))
     width = min(max(inches * _FONT / strips, _NARROW), _WIDE)
-    return _Layout(strips, makespan / strips, width, min(_FONT, width * strips / inches))
+    return _Layout(strips, makespan / strips, width, min(_FONT, width * strips / inches), _EDGE)
 
 
 def _strips(frame: Figure, layout: _Layout, timelines: int, num_ranks: int) -> list[Axes]:
@@ -148,8 +153,6 @@ def _draw(axes: Axes, timeline: Timeline, left: float, layout: _Layout, scale: S
     """The part of a timeline from `left` on that fills one strip."""
     chunks, right = chunks_of(timeline), left + layout.length
     num_chunks = 1 + max(chunks.values(), default=0)
-    shortest = min((end - start for _, start, end in _computing([timeline]) if end > start), default=layout.length)
-    edge = min(0.6, 6 * layout.width * shortest / layout.length)  # white lines must not eat small boxes
     for rank, row in enumerate(timeline.spans):
         boxes: dict[tuple[Op, int], list[tuple[float, float]]] = {}
         for action, start, end in row:
@@ -164,7 +167,7 @@ def _draw(axes: Axes, timeline: Timeline, left: float, layout: _Layout, scale: S
         for (op, chunk), bars in boxes.items():
             if op.is_compute:
                 fill = ink(op, chunk, num_chunks).fill
-                axes.broken_barh(bars, place, facecolor=fill, edgecolor="white", lw=edge)
+                axes.broken_barh(bars, place, facecolor=fill, edgecolor="white", lw=layout.edge)
             elif op not in (Op.RECV_F, Op.RECV_B):  # waiting for a message is idle time
                 axes.broken_barh(bars, place, facecolor=_SENDING, lw=0)
     _dress(axes, timeline, (left * scale.factor, right * scale.factor), layout)
@@ -190,7 +193,7 @@ def _dress(axes: Axes, timeline: Timeline, window: tuple[float, float], layout: 
     axes.tick_params(axis="x", labelsize=8, length=3)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
-    if timeline.peak_bytes and window[0] == 0:
+    if any(timeline.peak_bytes) and window[0] == 0:
         beside: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "annotation_clip": False}
         axes.annotate("peak held", (1, 1), xycoords="axes fraction", xytext=(8, 5), color="#555555", **beside)
         for rank, peak in enumerate(timeline.peak_bytes):
