@@ -26,9 +26,10 @@ def list_schedules() -> None:
         (f.name, _chunks(f.chunks, f.chunks_step), f.placement, "yes" if f.split else "", f.bubble, f.memory, f.source)
         for f in facts
     ]
-    print_table(("name", "chunks", "placement", "split", "bubble of a rank", "activations held", "source"), rows)
+    print_table(("name", "chunks", "placement", "split", "bubble", "memory", "source"), rows)
     click.echo(
-        "\np ranks, v chunks a rank, m micro-batches, r the rank; F, I, W, B = I + W: times of a full stage; w = v / 2"
+        "\np ranks, v chunks a rank, w = v / 2, m micro-batches, r the rank; F, I, W, B = I + W: times of a full stage\n"
+        "bubble: idle time of a rank; memory: the most micro-batches that it holds, on its full share of the model"
     )
 
 
