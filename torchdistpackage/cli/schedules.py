@@ -28,7 +28,7 @@ def list_schedules() -> None:
     ]
     print_table(("name", "chunks", "placement", "split", "bubble", "memory", "source"), rows)
     click.echo(
-        "\np ranks, v chunks a rank, w = v / 2, m micro-batches, r the rank; F, I, W, B = I + W: times of a full stage\n"
+        "\np ranks, v chunks a rank, w = v / 2, m micro-batches, r rank; F, I, W, B = I + W: times of a full stage\n"
         "bubble: idle time of a rank; memory: the most micro-batches that it holds, on its full share of the model"
     )
 
