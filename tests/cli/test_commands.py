@@ -1,6 +1,7 @@
 """Every command: that it is there, that it starts without torch, and what it prints."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -127,13 +128,19 @@ def test_pictures_and_traces_are_written(tmp_path):
 
 
 def test_plan_finds_one_and_writes_it(tmp_path):
-    pytest.importorskip("torchdistpackage.schedule.planner")
     path = tmp_path / "best.csv"
-    result = run("schedule", "plan", "-p", "2", "-m", "4", "--hop", "0.1", "-o", str(path))
+    result = run("schedule", "plan", "-p", "2", "-m", "4", "--hop", "0.1", "--memory-limit", "2", "-o", str(path))
     assert result.exit_code == 0, result.output
-    assert "lower bound" in result.stdout
-    assert "1f1b" in result.stdout
-    assert run("schedule", "verify", str(path)).exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["candidate", "makespan", "peak", "held"]
+    assert ["gpipe", "-", "4", "over", "the", "limit"] in lines
+    names = [line.split("  ")[0] for line in result.stdout.splitlines()[1:-2]]
+    assert len(names) == len(set(names)) > 10
+    chosen = re.search(r"makespan ([\d.]+), lower bound ([\d.]+), ratio ([\d.]+)$", result.stdout.strip())
+    makespan, bound, ratio = map(float, chosen.groups())
+    assert makespan == float(lines[1][1]) == pytest.approx(bound * ratio, rel=1e-3)
+    timed = run("schedule", "simulate", str(path), "--hop", "0.1")
+    assert f"makespan {makespan:g}" in timed.output
 
 
 @pytest.mark.parametrize(
@@ -150,7 +157,8 @@ def test_plan_finds_one_and_writes_it(tmp_path):
         ("simulate 1f1b --costs x.json", 1, "cannot read x.json"),
         ("simulate 1f1b --forward 0 --input-grad 0 --weight-grad 0", 1, "nothing to see"),
         ("trace 1f1b -o no/such/folder.json", 1, "No such file or directory"),
-        ("plan -p 4 --chunks 2 --costs {costs}", 2, "the costs are those of 2 stages"),
+        ("plan -p 4 --chunks 2 --costs {costs}", 2, "2 chunks on 4 ranks, but the costs are those of 2 stages"),
+        ("plan --memory-limit 0.1", 1, "no schedule fits memory_limit=0.1"),
         ("simulate 1f1b --costs {costs}", 1, "the costs are those of 2 stages"),
     ],
 )

@@ -15,22 +15,39 @@ import click
 from torchdistpackage.errors import ScheduleError
 from torchdistpackage.schedule import CostModel, Plan, build, complete
 
-__all__ = ["cost_options", "load_costs", "load_plan", "plan_options", "read_plan", "size_options"]
+__all__ = [
+    "DEFAULT_MICROBATCHES",
+    "DEFAULT_RANKS",
+    "cost_options",
+    "load_costs",
+    "load_plan",
+    "plan_options",
+    "read_plan",
+    "size_options",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_RANKS, _MICROBATCHES = 4, 8
+DEFAULT_RANKS, DEFAULT_MICROBATCHES = 4, 8
 
 
-def size_options(command: Command) -> Command:
-    """Adds -p, -m and --chunks. They are None where they were not given: a file says them by itself."""
-    for option in (
-        click.option("--chunks", type=click.IntRange(1), help="Stages a rank.  [default: the schedule's own]"),
-        click.option("-m", "--microbatches", type=click.IntRange(1), help="Micro-batches of a step.  [default: 8]"),
-        click.option("-p", "--ranks", type=click.IntRange(1), help="Ranks of the pipeline.  [default: 4]"),
-    ):
-        command = option(command)
-    return command
+def size_options(chunks: str) -> Callable[[Command], Command]:
+    """Adds -p, -m and --chunks. They are None where they were not given: a file says them by itself.
+
+    Args:
+        chunks: What happens without --chunks.
+    """
+
+    def add(command: Command) -> Command:
+        for option in (
+            click.option("--chunks", type=click.IntRange(1), help=f"Stages a rank.  [default: {chunks}]"),
+            click.option("-m", "--microbatches", type=click.IntRange(1), help="Micro-batches of a step.  [default: 8]"),
+            click.option("-p", "--ranks", type=click.IntRange(1), help="Ranks of the pipeline.  [default: 4]"),
+        ):
+            command = option(command)
+        return command
+
+    return add
 
 
 def plan_options(command: Command) -> Command:
@@ -49,7 +66,9 @@ def plan_options(command: Command) -> Command:
         return command(plan=plan, **others)
 
     evaluation = click.option("--forward-only", is_flag=True, help="The evaluation plan: no backward.")
-    named: Any = click.argument("schedule", metavar="NAME|FILE.csv")(size_options(evaluation(with_plan)))
+    named: Any = click.argument("schedule", metavar="NAME|FILE.csv")(
+        size_options("the schedule's own")(evaluation(with_plan))
+    )
     return named  # type: ignore[no-any-return]  # click's decorators keep the type of what they decorate
 
 
@@ -70,7 +89,8 @@ def load_plan(
         click.UsageError: A file has other sizes than those asked for.
     """
     if schedule != "-" and not schedule.lower().endswith(".csv") and not Path(schedule).is_file():
-        return build(schedule, ranks or _RANKS, microbatches or _MICROBATCHES, forward_only=forward_only, chunks=chunks)
+        ranks, microbatches = ranks or DEFAULT_RANKS, microbatches or DEFAULT_MICROBATCHES
+        return build(schedule, ranks, microbatches, forward_only=forward_only, chunks=chunks)
     plan = read_plan(schedule)
     found = {
         "--ranks": (ranks, plan.placement.num_ranks),

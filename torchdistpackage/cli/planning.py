@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
 from torchdistpackage import schedule
-from torchdistpackage.cli.inputs import cost_options, load_costs, plan_options, size_options
+from torchdistpackage.cli.inputs import (
+    DEFAULT_MICROBATCHES,
+    DEFAULT_RANKS,
+    cost_options,
+    load_costs,
+    plan_options,
+    size_options,
+)
 from torchdistpackage.cli.output import draw, one_message, print_table
 from torchdistpackage.errors import ScheduleError
 from torchdistpackage.schedule import Plan, Timeline
@@ -72,7 +80,7 @@ def _simulate(plan: Plan, times: dict[str, Any]) -> Timeline:
 
 @click.command("plan")
 @one_message
-@size_options
+@size_options("the better of 1 and 2")
 @cost_options
 @click.option("--memory-limit", type=float, help="The most that a rank may hold, in the unit of the costs.")
 @click.option("-o", "--output", metavar="FILE.csv", help="Write the plan, for `schedule=` and the other commands.")
@@ -92,27 +100,33 @@ def plan_schedule(
     torchdistpackage schedule plan -p 8 -m 32 --chunks 2 --head 0.5 --hop 0.05 --memory-limit 8
     torchdistpackage schedule plan -p 4 -m 16 --costs measured.json -o best.csv --figure best.png
     """  # noqa: D301
-    ranks, microbatches = ranks or 4, microbatches or 8
-    costs = load_costs(times, ranks, ranks * (chunks or 1))
-    if chunks is not None and costs.num_stages != ranks * chunks:
-        raise click.UsageError(
-            f"--chunks {chunks} on {ranks} ranks, but the costs are those of {costs.num_stages} stages"
-        )
     from torchdistpackage.schedule import planner
 
-    found = planner.plan(costs, ranks, microbatches, memory_limit)
-    scale = Scale.of(costs.unit, found.makespan)
+    ranks, microbatches = ranks or DEFAULT_RANKS, microbatches or DEFAULT_MICROBATCHES
+    cuts = (1, 2) if chunks is None and "costs" not in times else (chunks,)
+    models = [load_costs(times, ranks, ranks * (cut or 1)) for cut in cuts]
+    if chunks is not None and models[0].num_stages != ranks * chunks:
+        raise click.UsageError(
+            f"{chunks} chunks on {ranks} ranks, but the costs are those of {models[0].num_stages} stages"
+        )
+    found = planner.plan(models, ranks, microbatches, memory_limit)
+    if figure is not None:
+        draw(found.timeline, figure)
+    scale = Scale.of(found.costs.unit, found.makespan)
+    best: dict[str, planner.Candidate] = {}
+    for row in found.candidates:  # fastest first: later ones of the same name are other tries
+        best.setdefault(row.name, row)
     rows = [
-        (row.name, scale.write(row.makespan), quantity(row.peak), "" if row.fits else "over the limit")
-        for row in found.candidates
+        (row.name, scale.write(row.makespan), quantity(row.peak), "")
+        if row.makespan < math.inf
+        else (row.name, "-", quantity(row.peak), "" if row.fits else "over the limit")
+        for row in best.values()
     ]
     print_table(("candidate", "makespan", "peak held", ""), rows, right=(1, 2))
     click.echo(
-        f"\nchosen: {found.plan.name}, makespan {scale.write(found.makespan)}, "
-        f"lower bound {scale.write(found.lower_bound)}, ratio {found.ratio:.4f}"
+        f"\nchosen: {found.plan.name} with {found.plan.placement.num_stages // ranks} stage(s) a rank, makespan "
+        f"{scale.write(found.makespan)}, lower bound {scale.write(found.lower_bound)}, ratio {found.ratio:.4f}"
     )
     if output is not None:
         Path(output).write_text(schedule.without_communication(found.plan).to_csv(), encoding="utf-8")
         click.echo(f"wrote {output}", err=True)
-    if figure is not None:
-        draw(schedule.simulate(found.plan, costs), figure)
