@@ -38,6 +38,7 @@ from torchdistpackage.schedule import (
     describe,
     names,
     peak_activations,
+    planner,
     split_backwards,
     without_communication,
 )
@@ -213,8 +214,6 @@ class AutoPlan:
 
     def _make(self, samples: list[MeasuredStep]) -> Plan:
         """Plans on the first rank and gives every rank the result; an error goes round as well."""
-        from torchdistpackage.schedule import planner
-
         costs = stage_costs(samples, self._whole.placement.num_stages)
         box: list[Any] = [None]
         first = self._transport.rank == 0

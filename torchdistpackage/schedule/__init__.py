@@ -3,7 +3,9 @@
 recipe (compute order) -> lowering (messages, reductions) -> verify (proof) -> runtime, pictures, files
 """
 
+from torchdistpackage.schedule import planner
 from torchdistpackage.schedule.action import Action, Op
+from torchdistpackage.schedule.bounds import lower_bound
 from torchdistpackage.schedule.lowering import (
     add_communication,
     add_reduce_grad,
@@ -14,7 +16,7 @@ from torchdistpackage.schedule.lowering import (
 )
 from torchdistpackage.schedule.placement import Placement
 from torchdistpackage.schedule.plan import Plan
-from torchdistpackage.schedule.registry import ScheduleFacts, build, canonical_name, complete, describe, names
+from torchdistpackage.schedule.registry import ScheduleFacts, build, canonical_name, complete, describe, names, outline
 from torchdistpackage.schedule.simulate import CostModel, simulate
 from torchdistpackage.schedule.timeline import Span, Timeline
 from torchdistpackage.schedule.verify import peak_activations, verify
@@ -35,9 +37,12 @@ __all__ = [
     "complete",
     "describe",
     "forward_only",
+    "lower_bound",
     "merge_backwards",
     "names",
+    "outline",
     "peak_activations",
+    "planner",
     "simulate",
     "split_backwards",
     "verify",

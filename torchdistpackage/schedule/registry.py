@@ -28,7 +28,7 @@ from torchdistpackage.schedule.recipes.zero_bubble import zero_bubble_h1, zero_b
 from torchdistpackage.schedule.recipes.zero_bubble_v import zero_bubble_v
 from torchdistpackage.schedule.verify import verify
 
-__all__ = ["ScheduleFacts", "build", "canonical_name", "complete", "describe", "names"]
+__all__ = ["ScheduleFacts", "build", "canonical_name", "complete", "describe", "names", "outline"]
 
 Recipe = Callable[..., Iterator[Action]]
 
@@ -275,6 +275,25 @@ def build(
         >>> build("interleaved-1f1b", 2, 4, chunks=3).placement.owners
         (0, 1, 0, 1, 0, 1)
     """
+    spelled, count = _checked(name, num_ranks, num_microbatches, chunks, options)
+    return _build(spelled, num_ranks, num_microbatches, bool(forward_only), count, tuple(sorted(options.items())))
+
+
+def outline(name: str, num_ranks: int, num_microbatches: int, *, chunks: int | None = None, **options: Any) -> Plan:
+    """The compute actions of a schedule only, neither lowered nor proved: what a search starts from.
+
+    Arguments and errors as of `build`.
+
+    Example:
+        >>> outline("zb-h1", 1, 2).to_text()
+        'rank 0: 0F0 0I0 0W0 0F1 0I1 0W1'
+    """
+    spelled, count = _checked(name, num_ranks, num_microbatches, chunks, options)
+    return _outline(spelled, num_ranks, num_microbatches, count, tuple(sorted(options.items())))
+
+
+def _checked(name: str, num_ranks: Any, num_microbatches: Any, chunks: Any, options: dict[str, Any]) -> tuple[str, int]:
+    """The catalogue's spelling of the name, and the number of chunks."""
     facts = _CATALOGUE[canonical_name(name)]
     count = facts.chunks if chunks is None else chunks
     if "owners" in options or "offsets" in options:  # a pattern says by itself how many stages there are
@@ -288,7 +307,7 @@ def build(
             f"schedule {facts.name!r} runs {facts.chunks} stage(s) a rank, not {count}; schedules that can: {fitting}"
         )
     _check_options(facts, options)
-    return _build(facts.name, num_ranks, num_microbatches, bool(forward_only), count, tuple(sorted(options.items())))
+    return facts.name, count
 
 
 def _check_options(facts: ScheduleFacts, options: dict[str, Any]) -> None:
@@ -305,16 +324,19 @@ def _check_options(facts: ScheduleFacts, options: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=64)
 def _build(name: str, p: int, m: int, evaluation: bool, chunks: int, options: tuple[tuple[str, Any], ...]) -> Plan:
+    plan = _lower(_outline(name, p, m, chunks, options), evaluation)
+    verify(plan)
+    return plan
+
+
+def _outline(name: str, p: int, m: int, chunks: int, options: tuple[tuple[str, Any], ...]) -> Plan:
     facts, given = _CATALOGUE[name], dict(options)
     owners = given.get("owners")
     placement = Placement(p, tuple(owners)) if owners else facts.place(p, chunks)
     takes = inspect.signature(facts.recipe).parameters
     derived = {"chunks": chunks, "waves": chunks // 2, "owners": placement.owners}
     given.update({option: value for option, value in derived.items() if option in takes})
-    rows = tuple(tuple(facts.recipe(rank, p, m, **given)) for rank in range(p))
-    plan = _lower(Plan(name, placement, m, rows), evaluation)
-    verify(plan)
-    return plan
+    return Plan(name, placement, m, tuple(tuple(facts.recipe(rank, p, m, **given)) for rank in range(p)))
 
 
 def complete(plan: Plan, *, evaluation: bool = False) -> Plan:

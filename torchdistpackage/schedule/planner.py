@@ -1,0 +1,334 @@
+"""The best plan for what the stages cost: costs and a memory limit in, a proved plan and its distance to the bound out.
+
+::
+
+    catalogue of orders            1f1b, zb-h1, zb-v, ... that run on this many chunks
+      | x W-refill                 the same F and I, every W where the rank would idle        refill.py
+      | x whole backwards          where B is cheaper than I and W apart
+      v
+    time each, keep what fits, take the fastest  -->  lower, prove  -->  makespan / lower bound   bounds.py
+
+Every schedule of the catalogue that fits is timed as it is, so that the result is never slower than the best of them;
+above some 60,000 actions only the three that fewer micro-batches tell are the best. Nothing here depends on the clock
+or on chance: every rank and every run gets the same plan from the same costs.
+
+Source: the portfolio and the refill follow the observation of Qi et al., "Zero Bubble Pipeline Parallelism", 2023, that
+with measured costs a heuristic with free W comes within a few percent of the optimum that an integer program finds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, final
+
+from torchdistpackage.errors import ScheduleError
+from torchdistpackage.schedule.bounds import MemoryLimit, lower_bound, memory_limits
+from torchdistpackage.schedule.placement import Placement
+from torchdistpackage.schedule.plan import Plan
+from torchdistpackage.schedule.refill import merge, merge_all, order_of, refill
+from torchdistpackage.schedule.registry import complete, describe, names, outline
+from torchdistpackage.schedule.simulate import Clock, CostModel, Rows, encode, simulate
+from torchdistpackage.schedule.timeline import Timeline
+
+__all__ = ["Candidate", "PlannedSchedule", "plan"]
+
+_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+_ENOUGH = 1.001  # of the lower bound: nothing that is worth a search is left to gain
+_MANY = 60_000  # actions, from which on ideas are tried with fewer micro-batches first
+_FINALISTS = 3  # of a large plan, looked at in full
+_WARM_UPS = ("1f1b, eager as memory allows", "1f1b, as memory allows")
+_ROUNDING = 1 + 1e-9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One plan that was looked at.
+
+    Attributes:
+        name: The schedule that it comes from, and what was done to it.
+        makespan: Its time; infinite if it does not fit.
+        peak: The most bytes that any rank holds.
+        fits: Whether every rank stays within its memory limit.
+    """
+
+    name: str
+    makespan: float
+    peak: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class PlannedSchedule:
+    """What `plan` found.
+
+    Attributes:
+        plan: With communication, proved; ready for `forward_backward(schedule=...)`.
+        costs: What it was planned for.
+        makespan: Its simulated time, in the unit of the costs.
+        lower_bound: What no schedule of these stages on these ranks can beat.
+        peak_bytes: The most bytes that each rank holds.
+        candidates: Everything that was looked at, fastest first.
+    """
+
+    plan: Plan
+    costs: CostModel
+    makespan: float
+    lower_bound: float
+    peak_bytes: tuple[float, ...]
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Makespan over lower bound: 1.0 is a proof that nothing is left to gain."""
+        return self.makespan / self.lower_bound if self.lower_bound > 0 else 1.0
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """When each action runs."""
+        return simulate(self.plan, self.costs)
+
+
+def plan(
+    costs: CostModel | Sequence[CostModel],
+    num_ranks: int,
+    num_microbatches: int,
+    memory_limit: MemoryLimit = None,
+    *,
+    placement: Placement | None = None,
+) -> PlannedSchedule:
+    """Finds the best plan over the catalogue, warm-ups between its schedules, and the places of every W.
+
+    Args:
+        costs: Of p * v stages; or several cost models, the same model cut in different ways, of which the best is
+            taken.
+        num_ranks: p.
+        num_microbatches: m.
+        memory_limit: Bytes that a rank may hold (activations and the costs' static bytes), one number or one a rank.
+        placement: Where the stages are, if that is settled; otherwise loop and v are tried.
+
+    Returns:
+        The plan, its time and its distance to the lower bound. 64 ranks and 512 micro-batches take a few seconds.
+
+    Raises:
+        ScheduleError: The stages do not fit the ranks, or nothing fits the memory limit; the message has the least
+            memory that was found.
+
+    Example:
+        >>> found = plan(CostModel.uniform(4, hop=0.05), 4, 8)
+        >>> found.plan.name, round(found.makespan, 2), round(found.ratio, 2)
+        ('zb-h2', 27.15, 1.0)
+    """
+    for what, size in (("num_ranks", num_ranks), ("num_microbatches", num_microbatches)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ScheduleError(f"{what} must be a whole number of at least 1, got {size!r}")
+    limits = memory_limits(memory_limit, num_ranks)
+    searches = [
+        search
+        for model in ([costs] if isinstance(costs, CostModel) else costs)
+        for search in _searches(model, num_ranks, num_microbatches, limits, placement)
+    ]
+    if max((search.size for search in searches), default=0) > _MANY:
+        _scout(searches)
+    else:
+        for search in searches:
+            search.run()
+    looked_at = sorted((c for search in searches for c in search.candidates), key=lambda c: (not c.fits, c.makespan))
+    best = min(searches, key=lambda search: search.makespan, default=None)
+    if best is None or best.rows is None:
+        least = min((candidate.peak for candidate in looked_at), default=math.inf)
+        raise ScheduleError(
+            f"no schedule fits memory_limit={memory_limit}: the leanest of {len(looked_at)} holds {least:g} on its "
+            "fullest rank. Cut the model into more chunks or over more ranks, checkpoint activations, or make the "
+            "micro-batches smaller; their number does not matter"
+        )
+    rows = [best.clock.decode(row) for row in best.rows]
+    found = complete(Plan(best.name, best.clock.placement, num_microbatches, tuple(map(tuple, rows))))
+    # The bound holds for any placement that was open to the planner, so that the ratio is honest.
+    bound = min(lower_bound(s.costs, s.clock.placement, num_microbatches, memory_limit=memory_limit) for s in searches)
+    return PlannedSchedule(
+        found, best.costs, best.makespan, bound, tuple(best.clock.peaks(best.rows)), tuple(looked_at)
+    )
+
+
+def _searches(
+    costs: CostModel, num_ranks: int, count: int, limits: tuple[float, ...], placement: Placement | None
+) -> Iterator[_Search]:
+    """One search for each placement of the stages."""
+    chunks, rest = divmod(costs.num_stages, num_ranks)
+    if rest or (placement is not None and placement.num_stages != costs.num_stages):
+        raise ScheduleError(
+            f"the costs are those of {costs.num_stages} stages, which are not the same number of chunks on each of "
+            f"{num_ranks} ranks; cut the model into {num_ranks}, {2 * num_ranks}, ... stages and measure those"
+        )
+    groups: dict[Placement, list[str]] = {}
+    for name in names():
+        facts = describe(name)
+        if facts.runs(chunks):
+            groups.setdefault(facts.place(num_ranks, chunks), []).append(name)
+    for where, fitting in groups.items():
+        if placement is None or where.owners == placement.owners:
+            yield _Search(costs, where, count, limits, fitting)
+
+
+class _Idea(NamedTuple):
+    """A plan that can be made for any number of micro-batches: an order, and what to do with it."""
+
+    name: str
+    share: float | None = None  # of a W that must fit into a gap; None: every W stays where the order has it
+    whole: int = 0  # the backwards before the last `whole` micro-batches stay whole; 0: all are split
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        if self.share is None:
+            return self.name
+        return f"{self.name}+refill" + (f", whole but the last {self.whole}" if self.whole else "")
+
+
+@final
+class _Search:
+    """The plans of one placement for one number of micro-batches."""
+
+    def __init__(
+        self, costs: CostModel, placement: Placement, count: int, limits: tuple[float, ...], schedules: list[str]
+    ) -> None:
+        self.costs, self.schedules, self._limits = costs, schedules, limits
+        self.clock = Clock.of(costs, placement, count)
+        self.candidates: list[Candidate] = []
+        self.name, self.makespan = "", math.inf
+        self.rows: Rows | None = None
+        self._enough = _ENOUGH * lower_bound(costs, placement, count)
+        # On real machines a whole backward is cheaper than its halves: then as few as useful are split.
+        self._dear = any(b < (i + w) / _ROUNDING for b, i, w in _backwards(costs))
+        self._orders: dict[str, Rows] = {}
+
+    @property
+    def size(self) -> int:
+        """About how many actions a plan has."""
+        return 3 * self.clock.placement.num_stages * self.clock.count
+
+    def smaller(self, count: int) -> _Search:
+        """The same search for another number of micro-batches."""
+        return _Search(self.costs, self.clock.placement, count, self._limits, self.schedules)
+
+    def run(self) -> None:
+        """Times the catalogue as it is, then every other idea, until the lower bound is as good as reached."""
+        for idea in self.plain():
+            self.look(idea)
+        for idea in self.refills():
+            if self.makespan <= self._enough:
+                return
+            self.look(idea)
+
+    def plain(self) -> list[_Idea]:
+        """The catalogue as it is."""
+        return [_Idea(name) for name in self.schedules]
+
+    def refills(self) -> Iterator[_Idea]:
+        """All orders with every W anew."""
+        p = self.clock.placement.num_ranks
+        warm_ups = list(_WARM_UPS) if self.clock.placement.num_stages == p else []
+        for name in [*self.schedules, *warm_ups]:
+            for whole in (0, p, 2 * p) if self._dear else (0,):
+                if whole < self.clock.count:
+                    yield from (_Idea(name, share, whole) for share in _SHARES)
+
+    def look(self, idea: _Idea) -> float:
+        """Times an idea and keeps it if it is the best that fits; returns its time, infinite if it does not fit."""
+        rows = self._order(idea.name)
+        if idea.share is None:
+            time = self._take(idea.title, rows)
+            merged = merge_all(self.clock, rows) if self._dear else rows
+            return time if merged == rows else min(time, self._take(f"{idea.title}, whole", merged))
+        order = order_of(self.clock, rows, self.clock.count - idea.whole if idea.whole else 0)
+        found = refill(self.clock, order, self._limits, share=idea.share)
+        if found is None:
+            return math.inf
+        time = self._take(idea.title, found.rows, found.makespan)
+        if self._dear and (arrivals := self.clock.play(found.rows)) is not None:
+            merged = merge(self.clock, found.rows, arrivals)
+            if merged != found.rows:
+                return min(time, self._take(f"{idea.title}, merged", merged))
+        return time
+
+    def _take(self, title: str, rows: Rows, time: float | None = None) -> float:
+        """Keeps rows if they fit and are faster than what was found before."""
+        peaks = self.clock.peaks(rows)
+        fits = all(peak <= limit * _ROUNDING for peak, limit in zip(peaks, self._limits, strict=True))
+        if time is None or not fits:
+            arrivals = self.clock.play(rows) if fits else None
+            time = math.inf if arrivals is None else max(self.clock.finish(row, arrivals) for row in rows)
+        self.candidates.append(Candidate(title, time, max(peaks), fits))
+        if time < self.makespan / _ROUNDING:
+            self.name, self.makespan, self.rows = title, time, rows
+        return time
+
+    def _order(self, name: str) -> Rows:
+        placement = self.clock.placement
+        if name not in self._orders:
+            if name in _WARM_UPS:
+                self._orders[name] = self._warm_up(lean=name == _WARM_UPS[1])
+            else:
+                chunks = placement.num_stages // placement.num_ranks
+                self._orders[name] = encode(outline(name, placement.num_ranks, self.clock.count, chunks=chunks))
+        return self._orders[name]
+
+    def _warm_up(self, *, lean: bool) -> Rows:
+        """1F1B with one chunk and as many forwards ahead as memory allows, at most 1F1B's or eager 1F1B's."""
+        clock = self.clock
+        p, count = clock.placement.num_ranks, clock.count
+        ahead: list[int] = []
+        for rank, (limit, static) in enumerate(zip(self._limits, clock.static, strict=True)):
+            size = clock.held[rank]
+            room = count if size <= 0 or math.isinf(limit) else int((limit - static) * _ROUNDING / size)
+            most = p - rank if lean else 2 * (p - rank) - 1
+            # A rank that is further ahead than the one before it would wait for what cannot come.
+            ahead.append(max(1, min(count, room, most, *ahead[-1:])))
+        return [_alternating(rank, p, count, warm) for rank, warm in enumerate(ahead)]
+
+
+def _scout(searches: list[_Search]) -> None:
+    """Large plans: finds the promising ideas with fewer micro-batches, and looks at those in full only.
+
+    Time grows by the same amount with every further micro-batch, once the pipeline is full: two sizes tell how much.
+    """
+    promising: list[tuple[float, int, _Idea]] = []
+    for number, search in enumerate(searches):
+        p, count = search.clock.placement.num_ranks, search.clock.count
+        few, some = (search.smaller(min(count, size)) for size in (p + 1, p + p // 2 + 2))
+        scale = (count - some.clock.count) / max(1, some.clock.count - few.clock.count)
+        for group in (some.plain(), list(some.refills())):
+            best: dict[str, tuple[float, _Idea]] = {}  # of each order
+            for idea in group:
+                best[idea.name] = min(best.get(idea.name, (math.inf, idea)), (some.look(idea), idea), key=_time)
+            for time, idea in best.values():
+                if time < math.inf:
+                    promising.append((time + scale * max(0.0, time - few.look(idea)), number, idea))
+    for kind in (False, True):
+        chosen = [entry for entry in promising if (entry[2].share is not None) == kind]
+        for _, number, idea in sorted(chosen, key=lambda entry: entry[:2])[:_FINALISTS]:
+            searches[number].look(idea)
+    if all(search.rows is None for search in searches):
+        for search in searches:
+            search.run()
+
+
+def _time(entry: tuple[float, _Idea]) -> float:
+    return entry[0]
+
+
+def _backwards(costs: CostModel) -> Iterator[tuple[float, float, float]]:
+    return zip(costs.backwards, costs.input_grad, costs.weight_grad, strict=True)
+
+
+def _alternating(rank: int, p: int, count: int, ahead: int) -> list[int]:
+    """F and I of one rank: `ahead` forwards, then one of each in turn."""
+    row = [rank * count + i for i in range(ahead)]
+    for i in range(count):
+        row.append((p + rank) * count + i)
+        if ahead + i < count:
+            row.append(rank * count + ahead + i)
+    return row
