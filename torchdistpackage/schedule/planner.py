@@ -141,8 +141,8 @@ def plan(
         least = min((candidate.peak for candidate in looked_at), default=math.inf)
         raise ScheduleError(
             f"no schedule fits memory_limit={memory_limit}: the leanest of {len(looked_at)} holds {least:g} on its "
-            "fullest rank. Cut the model into more chunks or over more ranks, checkpoint activations, or make the "
-            "micro-batches smaller; their number does not matter"
+            f"fullest rank, and a single micro-batch {max(search.floor for search in searches):g}. Cut the model over "
+            "more ranks, checkpoint activations, or make the micro-batches smaller; their number does not matter"
         )
     rows = [best.clock.decode(row) for row in best.rows]
     found = complete(Plan(best.name, best.clock.placement, num_microbatches, tuple(map(tuple, rows))))
@@ -209,6 +209,13 @@ class _Search:
     def size(self) -> int:
         """About how many actions a plan has."""
         return 3 * self.clock.placement.num_stages * self.clock.count
+
+    @property
+    def floor(self) -> float:
+        """Bytes on the fullest rank with one micro-batch at a time: no order needs less."""
+        place, held = self.clock.placement, self.costs.activations
+        alone = [sum(held[stage] for stage in place.local_stages(rank)) for rank in range(place.num_ranks)]
+        return max(static + size for static, size in zip(self.clock.static, alone, strict=True))
 
     def smaller(self, count: int) -> _Search:
         """The same search for another number of micro-batches."""

@@ -6,8 +6,10 @@ rest of the library needs to know of a schedule (how many chunks, which placemen
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -324,9 +326,22 @@ def _check_options(facts: ScheduleFacts, options: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=64)
 def _build(name: str, p: int, m: int, evaluation: bool, chunks: int, options: tuple[tuple[str, Any], ...]) -> Plan:
-    plan = _lower(_outline(name, p, m, chunks, options), evaluation)
-    verify(plan)
+    with _collecting_later():
+        plan = _lower(_outline(name, p, m, chunks, options), evaluation)
+        verify(plan)
     return plan
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Half a million tuples that all live on: the collector would walk them again and again, a quarter of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _outline(name: str, p: int, m: int, chunks: int, options: tuple[tuple[str, Any], ...]) -> Plan:
