@@ -105,7 +105,7 @@ def measure_step(transport: Transport, group: dist.ProcessGroup | None, plan: Pl
         recorder: What this rank recorded.
 
     Returns:
-        The same on every rank; seconds from the first action of any rank.
+        The same on every rank; seconds from the first computation of any rank.
     """
     spans = recorder.spans()
     offset = _clock_offset(transport)
@@ -117,9 +117,15 @@ def measure_step(transport: Transport, group: dist.ProcessGroup | None, plan: Pl
     everyone = [mine] * transport.num_ranks
     if group is not None:
         dist.all_gather_object(everyone, mine, group=group)
-    origin = min((start for record in everyone for _, start, _ in record.spans), default=0.0)
+    # The step begins with the first computation: a rank may have come early and waited for the others before that.
+    computing = (start for record in everyone for text, start, _ in record.spans if Action.parse(text).op.is_compute)
+    origin = min(computing, default=0.0)
     rows = tuple(
-        tuple(Span(Action.parse(text), start - origin, end - origin) for text, start, end in record.spans)
+        tuple(
+            Span(Action.parse(text), max(0.0, start - origin), end - origin)
+            for text, start, end in record.spans
+            if end > origin
+        )
         for record in everyone
     )
     return MeasuredStep(

@@ -15,9 +15,10 @@ built for people only. Neighbours: `plan.py` says in which order, `bounds.py` sa
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -123,6 +124,15 @@ class CostModel:
         whole = None if backward is None else (backward / chunks,) * num_stages
         f, i, w = ((time / chunks,) * num_stages for time in (forward, input_grad, weight_grad))
         return cls(f, i, w, whole, hop=hop, activation_bytes=(1 / chunks,) * num_stages, unit=unit)
+
+    def to_json(self) -> str:
+        """As `torchdistpackage schedule plan --costs FILE` reads it.
+
+        Example:
+            >>> CostModel((1.0,), (1.0,), (0.5,)).to_json()
+            '{"forward": [1.0], "input_grad": [1.0], "weight_grad": [0.5], "hop": 0.0, "unit": ""}'
+        """
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
 
     @property
     def num_stages(self) -> int:
