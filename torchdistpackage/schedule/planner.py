@@ -198,7 +198,7 @@ class _Search:
         self.costs, self.schedules, self._limits = costs, schedules, limits
         self.clock = Clock.of(costs, placement, count)
         self.candidates: list[Candidate] = []
-        self.name, self.makespan = "", math.inf
+        self.name, self.makespan, self._peak = "", math.inf, math.inf
         self.rows: Rows | None = None
         self._enough = _ENOUGH * lower_bound(costs, placement, count)
         # On real machines a whole backward is cheaper than its halves: then as few as useful are split.
@@ -269,8 +269,11 @@ class _Search:
             arrivals = self.clock.play(rows) if fits else None
             time = math.inf if arrivals is None else max(self.clock.finish(row, arrivals) for row in rows)
         self.candidates.append(Candidate(title, time, max(peaks), fits))
-        if time < self.makespan / _ROUNDING:
-            self.name, self.makespan, self.rows = title, time, rows
+        # Of equally fast plans the one that holds less.
+        if fits and (
+            time < self.makespan / _ROUNDING or (time <= self.makespan * _ROUNDING and max(peaks) < self._peak)
+        ):
+            self.name, self.makespan, self.rows, self._peak = title, time, rows, max(peaks)
         return time
 
     def _order(self, name: str) -> Rows:
