@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         last_plan,
         last_timeline,
         partition_balanced,
+        partition_chunks,
         partition_uniform,
         profile_stage_costs,
         tie_parameters,
@@ -58,7 +59,7 @@ _HOME = {
     ),
     "torchdistpackage.parallel": (
         "DDP clip_grad_norm_ flat_and_partition flatten_model flatten_sequence forward_backward forward_eval last_plan "
-        "last_timeline partition_balanced partition_uniform profile_stage_costs tie_parameters"
+        "last_timeline partition_balanced partition_chunks partition_uniform profile_stage_costs tie_parameters"
     ),
     "torchdistpackage.split": "load_whole_model_state_dict whole_model_names whole_model_state_dict",
     "torchdistpackage.topology": (
@@ -91,6 +92,7 @@ __all__ = [
     "last_timeline",
     "load_whole_model_state_dict",
     "partition_balanced",
+    "partition_chunks",
     "partition_uniform",
     "profile_stage_costs",
     "setup_distributed",

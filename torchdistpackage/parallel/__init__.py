@@ -8,6 +8,7 @@ from torchdistpackage.parallel.pipeline_helper import (
     flatten_model,
     flatten_sequence,
     partition_balanced,
+    partition_chunks,
     partition_uniform,
 )
 from torchdistpackage.parallel.pipeline_sched import forward_backward, forward_eval, last_plan, last_timeline
@@ -26,6 +27,7 @@ __all__ = [
     "last_plan",
     "last_timeline",
     "partition_balanced",
+    "partition_chunks",
     "partition_uniform",
     "profile_stage_costs",
     "tie_parameters",

@@ -61,7 +61,8 @@ def clip_grad_norm_(
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
-    own = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    given = [parameters] if isinstance(parameters, Tensor) else parameters
+    own = list({id(parameter): parameter for parameter in given}.values())  # chunks of one rank may share some
     with_grad = [p for p in own if p.grad is not None]
     elsewhere = {id(p) for p in own if counted_elsewhere(p)}
     if tpc.get_group_size("tensor") > 1 and tpc.get_group_rank("tensor") > 0:

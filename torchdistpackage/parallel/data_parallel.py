@@ -7,6 +7,10 @@ it is kept quiet during the step and armed right before the last backward, so th
     F0  F1  B0  F2  B1  F3  B2  [arm] B3
     quiet ................. quiet | buckets are all-reduced while B3 still runs
 
+A split backward is armed before its last W; what got all of its gradient with an I before that is reported then. Two
+chunks of one rank that share a parameter (a tie under v placement) are reduced together, when both are complete: the
+sum over the replicas must not be taken while one chunk still adds to it.
+
 Neighbours: `pipeline_sched.py` hands a reducer to each stage; `runtime/stage.py` calls it and knows only its protocol.
 """
 
@@ -23,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.runtime.backward import reachable_leaves
 from torchdistpackage.topology import tpc
 
 __all__ = ["DDP", "DistributedDataParallelReducer"]
@@ -77,8 +82,21 @@ class DistributedDataParallelReducer:
         modules: The modules, if known: then nothing is searched.
     """
 
+    @classmethod
+    def of_chunks(
+        cls, modules: Sequence[Sequence[DistributedDataParallel] | None]
+    ) -> list[DistributedDataParallelReducer]:
+        """The reducers of all chunks of this rank, which know of each other; one entry a chunk."""
+        reducers = [cls(known) for known in modules]
+        for reducer in reducers:
+            reducer._others = [other for other in reducers if other is not reducer]
+        return reducers
+
     def __init__(self, modules: Sequence[DistributedDataParallel] | None = None) -> None:
         self._modules = modules
+        self._others: list[DistributedDataParallelReducer] = []
+        self._waits_for: list[DistributedDataParallelReducer] = []
+        self._complete = False
         self._quiet: list[DistributedDataParallel] = []
         self._reached: frozenset[int] | None = None
         self._output: Any = None
@@ -108,20 +126,34 @@ class DistributedDataParallelReducer:
                 others have all that they get, and `finish` says so to torch's reducer.
         """
         self._reached, self._output = parameters, output
+        mine = self._parameters()
+        self._waits_for = [other for other in self._others if mine & other._parameters()]
+        if not self._waits_for:
+            self._arm()
+
+    def _arm(self) -> None:
         for module in self._quiet:
             module.require_backward_grad_sync = True
             module.require_forward_param_sync = True
             roots = []
             if module.find_unused_parameters:
-                roots = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+                roots = _tensors(self._output)
             module.reducer.prepare_for_backward(roots)
 
     def finish(self) -> None:
         """Comes after the last backward; torch's reducer has waited for its buckets at the end of that."""
-        if self._reached is not None:
-            for module in self._quiet:
-                self._report_ready(module, self._reached)
-        self.cancel()
+        self._complete = True
+        together = [self, *self._waits_for]
+        if not all(reducer._complete for reducer in together):
+            return  # the last of the chunks that share a parameter reduces for all of them
+        for reducer in together:
+            if reducer._waits_for:
+                reducer._arm()
+                reducer._reached = frozenset()
+            if reducer._reached is not None:
+                for module in reducer._quiet:
+                    reducer._report_ready(module, reducer._reached)
+            reducer.cancel()
 
     def cancel(self) -> None:
         """Leaves the user's modules as they were."""
@@ -129,12 +161,16 @@ class DistributedDataParallelReducer:
             module.require_backward_grad_sync = True
         self._quiet = []
         self._reached = self._output = None
+        self._waits_for, self._complete = [], False
+
+    def _parameters(self) -> set[int]:
+        return {id(p) for module in self._quiet for p in module.module.parameters() if p.requires_grad}
 
     def _report_ready(self, module: DistributedDataParallel, reached: frozenset[int]) -> None:
         """Adds zero to the gradients that became complete before the reducer was armed, which runs its hooks."""
         ready = [p for p in module.module.parameters() if p.requires_grad and id(p) not in reached]
         if module.find_unused_parameters:
-            used = _reachable(self._output)
+            used = {id(leaf) for leaf in reachable_leaves(_tensors(self._output))}
             ready = [p for p in ready if id(p) in used]
         if ready:
             torch.autograd.backward(ready, [p.new_zeros(()).expand_as(p) for p in ready])
@@ -152,18 +188,8 @@ class DistributedDataParallelReducer:
         self._quiet.append(module)
 
 
-def _reachable(output: Any) -> set[int]:
-    """The ids of the leaves to which a backward from this output leads."""
-    stack = [leaf.grad_fn for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn]
-    seen, found = set(stack), set()
-    while stack:
-        node = stack.pop()
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        fresh = {child for child, _ in node.next_functions if child is not None} - seen
-        seen |= fresh
-        stack.extend(fresh)
-    return found
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 class _Search:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.parallel.step_plan import placement_of
+from torchdistpackage.schedule import Placement, Plan
 from torchdistpackage.split.cost import CostName, layer_costs
 from torchdistpackage.split.names import ties_of
 from torchdistpackage.split.sequential import (
@@ -30,6 +32,7 @@ __all__ = [
     "flatten_model",
     "flatten_sequence",
     "partition_balanced",
+    "partition_chunks",
     "partition_uniform",
 ]
 
@@ -102,6 +105,55 @@ def partition_balanced(
     return _with_ties(part, num_stages)
 
 
+def partition_chunks(
+    flat_sequence: Layers,
+    schedule: str | Plan | Placement,
+    chunks: int | None = None,
+    *,
+    policy: str = "uniform",
+    **options: Any,
+) -> dict[int, nn.Sequential]:
+    """This rank's stages under a schedule that may have several a rank.
+
+    Every rank of the pipeline makes the call, with the same layers.
+
+    Args:
+        flat_sequence: All layers, a list or an `nn.Sequential`.
+        schedule: Says which rank owns which stage: a schedule's name, `"auto"`, `"auto-v"`, a Plan or a Placement.
+        chunks: Stages a rank, where a name leaves the choice.
+        policy: "uniform" or "balanced".
+        options: `extra_len` of `partition_uniform`; `weights`, `costs` and `example_input` of `partition_balanced`.
+
+    Returns:
+        Global index of the stage -> its layers, in the order of the model; lists for `fwd_fn` and `inputs` have the
+        same order.
+
+    Raises:
+        SplitError: There are fewer layers than stages, or the policy is unknown.
+        ScheduleError: The schedule is unknown, does not run that many chunks, or is made for other ranks.
+        TopologyError: The process groups are not set up.
+
+    Example:
+        >>> stages = partition_chunks(layers, "zb-v")
+        >>> loss = forward_backward(optimizer, [fwd_fn_of(s) for s in stages], None, inputs, 8, schedule="zb-v")
+    """
+    from torchdistpackage.topology import tpc
+
+    placement = placement_of(schedule, tpc.get_pp_size(), chunks)
+    row = flatten_sequence(flat_sequence, 0)
+    if policy == "balanced" and options.get("costs") == "time" and tpc.get_pp_size() > 1:
+        options["costs"] = _times_of_the_first_rank(row, options.get("example_input"))
+    elif policy == "balanced" and options.get("weights") is not None:
+        options["costs"] = options.pop("weights")
+    policies: dict[str, Callable[..., list[nn.Module]]] = {"uniform": uniform_partition, "balanced": balanced_partition}
+    if policy not in policies:
+        raise SplitError(f"unknown policy {policy!r}; use {' or '.join(map(repr, policies))}")
+    stages = placement.local_stages(tpc.get_pp_rank())
+    parts = {stage: policies[policy](row, placement.num_stages, stage, **options) for stage in stages}
+    _register_ties([layer for part in parts.values() for layer in part], placement.owners)
+    return {stage: nn.Sequential(*part) for stage, part in parts.items()}
+
+
 def flat_and_partition(
     sequence: Layers, flat_level: int = 1, partition_policy: str = "uniform", **kwargs: Any
 ) -> list[nn.Module]:
@@ -142,17 +194,25 @@ def _place(num_stages: int | None, stage: int | None) -> _Place:
 
 
 def _with_ties(part: list[nn.Module], num_stages: int | None) -> list[nn.Module]:
-    """Registers the parameters that this rank's layers share with other stages, so that each step sums their gradients.
-
-    All ranks cut the same model, so that every holder registers the same parameters, in the order of their names.
-    """
+    """With one stage a rank; nothing is registered where the caller asked for stages by number."""
     if num_stages is None:
-        from torchdistpackage.parallel.tied_parameters import ties
-
-        found = {id(p): tie for layer in part for p in layer.parameters() if (tie := ties_of(p)) is not None}
-        for tie in sorted(found.values(), key=lambda tie: tie.name):
-            ties().add(tie.name, tie.stages, tie.parameter)
+        _register_ties(part, None)
     return part
+
+
+def _register_ties(layers: Sequence[nn.Module], owners: Sequence[int] | None) -> None:
+    """Registers the parameters that this rank shares with other ranks, so that each step sums their gradients.
+
+    All ranks cut the same model, so that every holder registers the same parameters, in the order of their names. A
+    parameter whose stages are all on this rank is one tensor already: nothing needs to be sent.
+    """
+    from torchdistpackage.parallel.tied_parameters import ties
+
+    found = {id(p): tie for layer in layers for p in layer.parameters() if (tie := ties_of(p)) is not None}
+    for tie in sorted(found.values(), key=lambda tie: tie.name):
+        ranks = sorted(set(tie.stages if owners is None else (owners[stage] for stage in tie.stages)))
+        if len(ranks) > 1:
+            ties().add(tie.name, ranks, tie.parameter)
 
 
 def _times_of_the_first_rank(row: list[nn.Module], example_input: Any) -> tuple[float, ...]:

@@ -90,7 +90,8 @@ def forward_backward(
         loss_reduction: `"mean"`: loss and gradients are those of the full batch's mean loss, uneven micro-batches
             included. `"sum"`: those of the sum over the micro-batches.
         broadcast_loss: Return on every rank what the last stage returns.
-        data_parallel: The DistributedDataParallel modules that `fwd_fn` uses; None to find them.
+        data_parallel: The DistributedDataParallel modules that `fwd_fn` uses, with several chunks an entry for each;
+            None to find them.
         record_timeline: Measure when every action of this step ran on every rank; `last_timeline()` then has it. With a
             path, the first rank also draws it next to the simulated step: a picture (`.png`, `.svg`), or a trace for
             Perfetto (`.json`).
@@ -249,21 +250,30 @@ def _chunks(plan: Plan, rank: int, fwd_fn: Any, bwd_fn: Any, inputs: Any, data_p
             f"function(s), and inputs None or a list of {count} entries (None where a stage has none), in this order; "
             f"got {len(functions)} function(s) and {_amount(inputs)}"
         )
+    return [
+        ChunkWork(function, backward, mine, reducer)
+        for function, backward, mine, reducer in zip(
+            functions, backwards, own, _reducers(plan, count, data_parallel), strict=True
+        )
+    ]
+
+
+def _reducers(plan: Plan, count: int, given: Any) -> Sequence[DistributedDataParallelReducer | None]:
+    """What reduces the gradients of each chunk over its replicas."""
     # Without replicas there is nothing to find, except for a wrapper around the one replica of a "data" dimension.
     replicas = tpc._is_inited("data") or (dist.is_initialized() and dist.get_world_size() > plan.placement.num_ranks)
-    searching = data_parallel is None and replicas
-    modules = None
-    if data_parallel is not None:
-        modules = list(data_parallel) if isinstance(data_parallel, (list, tuple)) else [data_parallel]
-    return [
-        ChunkWork(
-            function,
-            backward,
-            mine,
-            DistributedDataParallelReducer(modules) if modules is not None or searching else None,
+    if given is None:
+        return DistributedDataParallelReducer.of_chunks([None] * count) if replicas else [None] * count
+    modules = list(given) if isinstance(given, (list, tuple)) else [given]
+    if count == 1:
+        return DistributedDataParallelReducer.of_chunks([modules])
+    if len(modules) != count:
+        raise PipelineError(
+            f"data_parallel has {len(modules)} entries for {count} stages of this rank; pass one a stage, each a "
+            "module, a list of modules, or None, or leave data_parallel out to have them found"
         )
-        for function, backward, mine in zip(functions, backwards, own, strict=True)
-    ]
+    listed = [list(entry) if isinstance(entry, (list, tuple)) else [entry] if entry else [] for entry in modules]
+    return DistributedDataParallelReducer.of_chunks(listed)
 
 
 def _amount(inputs: Any) -> str:

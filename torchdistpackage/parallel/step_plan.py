@@ -32,6 +32,7 @@ from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.schedule import (
+    Placement,
     Plan,
     build,
     complete,
@@ -43,7 +44,7 @@ from torchdistpackage.schedule import (
     without_communication,
 )
 
-__all__ = ["AutoPlan", "is_auto", "leanest_plan", "resolve_plan"]
+__all__ = ["AutoPlan", "is_auto", "leanest_plan", "placement_of", "resolve_plan"]
 
 _log = logging.getLogger(__name__)
 _DECISION = 4  # what an exchange is about, in the place of a micro-batch's number; see `measure.py`
@@ -57,6 +58,33 @@ _STEPS = (_WARM_UP, _TIME_WHOLE, _TIME_WHOLE, _WARM_UP_SPLIT, _TIME_SPLIT, _TIME
 def is_auto(schedule: Any) -> bool:
     """Whether the schedule is to be planned from measured costs."""
     return isinstance(schedule, str) and schedule.lower() in _AUTO
+
+
+def placement_of(schedule: str | Plan | Placement, num_ranks: int, chunks: int | None = None) -> Placement:
+    """Which rank owns which stage under a schedule.
+
+    Args:
+        schedule: A name of the catalogue, `"auto"`, `"auto-v"`, a Plan or a Placement.
+        num_ranks: Ranks of the pipeline.
+        chunks: Stages a rank, where a name leaves the choice.
+
+    Raises:
+        ScheduleError: Unknown, made for other ranks, or not for that many chunks.
+    """
+    if isinstance(schedule, str):
+        if is_auto(schedule):
+            where = _AUTO[schedule.lower()]
+            return Placement.v(num_ranks, chunks or 2) if where == "v" else Placement.loop(num_ranks, chunks or 1)
+        facts = describe(schedule)
+        if not facts.runs(chunks or facts.chunks):
+            raise ScheduleError(
+                f"schedule {facts.name!r} does not run {chunks} stages a rank; its own are {facts.chunks}"
+            )
+        return facts.place(num_ranks, chunks or facts.chunks)
+    placement = schedule.placement if isinstance(schedule, Plan) else schedule
+    if placement.num_ranks != num_ranks:
+        raise ScheduleError(f"the placement is for {placement.num_ranks} ranks; this pipeline has {num_ranks}")
+    return placement
 
 
 def resolve_plan(

@@ -281,7 +281,9 @@ class Executor:
                 [],
             )  # what a stage got is its own: nothing is held longer than its graph holds it
             with nullcontext() if self._recorder is None else self._recorder.forward(at.stage, own):
-                output = stage.forward(i, message, own, only=self._filled == 1)
+                # Several chunks may share parameters, which are complete only after the last chunk.
+                only = self._filled == 1 and len(self._stages) == 1
+                output = stage.forward(i, message, own, only=only)
             if stage.is_last:
                 self._outputs[i] = output if self.plan.forward_only else _detached(output)
                 return
