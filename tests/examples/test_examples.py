@@ -1,6 +1,7 @@
 """The examples run as their first lines say, and do not depend on how the model is cut."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,15 @@ def test_mlp():
 def test_resnet_with_two_replicas():
     out = run("train_resnet.py", "--epochs", 1, "--steps", 3, processes=4)
     assert "epoch 0: top-1" in out
+
+
+def test_schedules(tmp_path):
+    curves = []
+    for schedule in ("zb-v", "interleaved-1f1b"):
+        picture = tmp_path / f"{schedule}.png"
+        out = run("train_schedules.py", "--schedule", schedule, "--epochs", 1, "--draw", picture, processes=2)
+        assert picture.stat().st_size > 10_000
+        assert f"{schedule}, measured:" in out
+        curves.append(re.findall(r"epoch 0: loss [0-9.]+, test accuracy [0-9.]+%", out))
+    assert len(curves[0]) == 1
+    assert curves[0] == curves[1], "the schedule does not change the numbers"
