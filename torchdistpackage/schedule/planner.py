@@ -166,7 +166,7 @@ def _searches(
     groups: dict[Placement, list[str]] = {}
     for name in names():
         facts = describe(name)
-        if facts.runs(chunks):
+        if facts.runs(chunks) and (chunks > 1 or facts.chunks == 1):  # with one chunk the looped ones are eager 1F1B
             groups.setdefault(facts.place(num_ranks, chunks), []).append(name)
     for where, fitting in groups.items():
         if placement is None or where.owners == placement.owners:
