@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from torchdistpackage import (
     clip_grad_norm_,
+    draw_last_step,
     forward_backward,
     last_timeline,
     partition_chunks,
@@ -74,7 +75,7 @@ for epoch in range(args.epochs):
             [inputs_of(stage, images, labels) for stage in stages],
             args.microbatches,
             schedule=args.schedule,
-            record_timeline=(args.draw or True) if final else False,
+            record_timeline=final,
         )
         clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -93,3 +94,5 @@ for epoch in range(args.epochs):
 timeline = last_timeline()
 if timeline is not None and tpc.get_pp_rank() == 0:
     print(f"{timeline.name}: {1e3 * timeline.makespan:.1f} ms, idle {timeline.bubble_share:.0%} of the time")
+    if args.draw:
+        draw_last_step(args.draw)

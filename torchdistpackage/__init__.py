@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchdistpackage.parallel import (
         DDP,
         clip_grad_norm_,
+        draw_last_step,
         flat_and_partition,
         flatten_model,
         flatten_sequence,
@@ -58,8 +59,9 @@ _HOME = {
         "TransportError"
     ),
     "torchdistpackage.parallel": (
-        "DDP clip_grad_norm_ flat_and_partition flatten_model flatten_sequence forward_backward forward_eval last_plan "
-        "last_timeline partition_balanced partition_chunks partition_uniform profile_stage_costs tie_parameters"
+        "DDP clip_grad_norm_ draw_last_step flat_and_partition flatten_model flatten_sequence forward_backward "
+        "forward_eval last_plan last_timeline partition_balanced partition_chunks partition_uniform "
+        "profile_stage_costs tie_parameters"
     ),
     "torchdistpackage.split": "load_whole_model_state_dict whole_model_names whole_model_state_dict",
     "torchdistpackage.topology": (
@@ -81,6 +83,7 @@ __all__ = [
     "TorchDistError",
     "TransportError",
     "clip_grad_norm_",
+    "draw_last_step",
     "find_free_port",
     "flat_and_partition",
     "flatten_model",

@@ -22,7 +22,15 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 
-from torchdistpackage import flatten_model, forward_backward, last_plan, partition_chunks, setup_distributed, tpc
+from torchdistpackage import (
+    draw_last_step,
+    flatten_model,
+    forward_backward,
+    last_plan,
+    partition_chunks,
+    setup_distributed,
+    tpc,
+)
 from torchdistpackage.schedule import describe, names
 
 
@@ -99,8 +107,10 @@ def main() -> None:
             dist.barrier()
             times[schedule].append(time.perf_counter() - began)
     if args.draw:
-        step(auto, record_timeline=args.draw)
+        step(auto, record_timeline=True)
     if dist.get_rank() == 0:
+        if args.draw:
+            draw_last_step(args.draw)
         assert planned is not None
         print(f"{args.model}, p={tpc.get_pp_size()}, m={m}, {args.chunks} chunk(s): planned {planned.name!r}")
         for schedule, seconds in times.items():

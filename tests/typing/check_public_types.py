@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import assert_type
 
 import torchdistpackage as tdp
-from torchdistpackage.schedule import Plan, build, names
+from torchdistpackage.schedule import CostModel, Plan, Timeline, build, names, planner, simulate
 
 assert_type(build("1f1b", 2, 4), Plan)
 assert_type(names(), tuple[str, ...])
@@ -19,3 +19,9 @@ assert_type(tdp.flatten_model(nn.Linear(2, 2), []), nn.Sequential)
 assert_type(tdp.partition_uniform([nn.Linear(2, 2)]), list[nn.Module])
 assert_type(tdp.forward_backward(fwd_fn=lambda x: x, inputs=None), Any)
 assert_type(tdp.tpc.get_pp_rank(), int)
+assert_type(tdp.partition_chunks([nn.Linear(2, 2)], "zb-v"), dict[int, nn.Sequential])
+assert_type(tdp.forward_backward(fwd_fn=[lambda x: x], inputs=[None], schedule=build("zb-v", 1, 2)), Any)
+assert_type(tdp.last_timeline(), Timeline | None)
+assert_type(tdp.profile_stage_costs(lambda x: x), CostModel)
+assert_type(simulate(build("1f1b", 2, 4), CostModel.uniform(2)), Timeline)
+assert_type(planner.plan(CostModel.uniform(2), 2, 4).plan, Plan)

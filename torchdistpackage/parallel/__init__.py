@@ -11,7 +11,8 @@ from torchdistpackage.parallel.pipeline_helper import (
     partition_chunks,
     partition_uniform,
 )
-from torchdistpackage.parallel.pipeline_sched import forward_backward, forward_eval, last_plan, last_timeline
+from torchdistpackage.parallel.pipeline_sched import forward_backward, forward_eval
+from torchdistpackage.parallel.pipeline_state import draw_last_step, last_plan, last_timeline
 from torchdistpackage.parallel.profile import profile_stage_costs
 from torchdistpackage.parallel.tied_parameters import tie_parameters
 
@@ -19,6 +20,7 @@ __all__ = [
     "DDP",
     "CallableModule",
     "clip_grad_norm_",
+    "draw_last_step",
     "flat_and_partition",
     "flatten_model",
     "flatten_sequence",

@@ -12,7 +12,6 @@ from the fastest of a few round trips, as NTP does: half of what such a trip tak
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import statistics
@@ -20,18 +19,16 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.schedule import Action, CostModel, Op, Plan, Span, Timeline, simulate
 
-__all__ = ["MeasuredStep", "check_drawable", "measure_step", "stage_costs"]
+__all__ = ["MeasuredStep", "measure_step", "stage_costs"]
 
 _CLOCK = 3  # what an exchange is about, in the place of a micro-batch's number; see `tied_parameters.py`
 _ROUND_TRIPS = 5
@@ -78,21 +75,6 @@ class MeasuredStep:
             write_trace(path, simulated, measured=self.timeline)
         else:
             figure(simulated, path=path, measured=self.timeline)
-
-
-def check_drawable(path: str | os.PathLike[str]) -> None:
-    """Finds out before the step whether it can be drawn after it.
-
-    Raises:
-        PipelineError: There is no such folder, no such format, or no library to draw with.
-    """
-    suffix, folder = Path(path).suffix.lower(), Path(path).resolve().parent
-    if suffix not in (".json", ".png", ".svg", ".pdf"):
-        raise PipelineError(f"record_timeline={os.fspath(path)!r}: end the path in .json (a trace), .png, .svg or .pdf")
-    if not folder.is_dir():
-        raise PipelineError(f"record_timeline={os.fspath(path)!r}: there is no folder {folder}")
-    if suffix != ".json" and importlib.util.find_spec("matplotlib") is None:
-        raise PipelineError("pictures need matplotlib: pip install 'torchdistpackage[viz]', or record a .json trace")
 
 
 def measure_step(transport: Transport, group: dist.ProcessGroup | None, plan: Plan, recorder: Recorder) -> MeasuredStep:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,22 +24,22 @@ from torch.optim import Optimizer
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.data_parallel import DistributedDataParallelReducer
-from torchdistpackage.parallel.measure import check_drawable, measure_step
+from torchdistpackage.parallel.measure import measure_step
+from torchdistpackage.parallel.pipeline_state import PipelineState, current_state
 from torchdistpackage.parallel.step_plan import AutoPlan, is_auto, resolve_plan
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.runtime.backward import BackwardFn
-from torchdistpackage.runtime.executor import ChunkWork, Executor, StepResult
-from torchdistpackage.runtime.loopback import loopback
+from torchdistpackage.runtime.executor import ChunkWork, StepResult
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.microbatch import merge_outputs, weighted_sum
-from torchdistpackage.runtime.p2p import DistributedTransport, TensorGroupShard
+from torchdistpackage.runtime.p2p import TensorGroupShard
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.stage import ForwardFn
 from torchdistpackage.runtime.transport import Transport
-from torchdistpackage.schedule import Plan, Timeline
+from torchdistpackage.schedule import Plan
 from torchdistpackage.topology import tpc
 
-__all__ = ["Runtime", "current_runtime", "forward_backward", "forward_eval", "last_plan", "last_timeline"]
+__all__ = ["forward_backward", "forward_eval"]
 
 
 def forward_backward(
@@ -58,7 +57,7 @@ def forward_backward(
     loss_reduction: str = "mean",
     broadcast_loss: bool = False,
     data_parallel: DistributedDataParallel | Sequence[DistributedDataParallel] | None = None,
-    record_timeline: bool | str | os.PathLike[str] = False,
+    record_timeline: bool = False,
 ) -> Any:
     """Runs the forward and backward of one batch through the pipeline; `.grad` is then as after a plain step.
 
@@ -92,9 +91,8 @@ def forward_backward(
         broadcast_loss: Return on every rank what the last stage returns.
         data_parallel: The DistributedDataParallel modules that `fwd_fn` uses, with several chunks an entry for each;
             None to find them.
-        record_timeline: Measure when every action of this step ran on every rank; `last_timeline()` then has it. With a
-            path, the first rank also draws it next to the simulated step: a picture (`.png`, `.svg`), or a trace for
-            Perfetto (`.json`).
+        record_timeline: Measure when every action of this step ran on every rank, on one clock: see `last_timeline` and
+            `draw_last_step`.
 
     Returns:
         On the rank of the last stage the batch's loss, detached, or with `forward_only` and outputs that are not
@@ -114,17 +112,15 @@ def forward_backward(
         >>> inputs = samples if tpc.is_first_in_pipeline_group() else [targets]
         >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
     """
-    kept = current_runtime()
+    kept = current_state()
     size = kept.transport.num_ranks
     transport, tied = kept.transport, ties()
     shared_by = ", loss on every rank" if broadcast_loss else ""
     try:
         _check_arguments(optimizer, fwd_fn, bwd_fn, loss_reduction, dtype)
-        if not isinstance(record_timeline, bool) and transport.rank == 0:
-            check_drawable(record_timeline)
         auto = _auto(kept, schedule, num_microbatches, fwd_fn, memory_limit)
         plan = _plan(auto, schedule, size, num_microbatches, forward_only, fwd_fn, inputs)
-        executor = _executor(kept, plan)
+        executor = kept.executor(plan)
         shard = _tensor_shard(scatter_gather_tensors)
         work = _chunks(plan, transport.rank, fwd_fn, bwd_fn, inputs, data_parallel)
         planning = auto is not None and not forward_only
@@ -152,26 +148,6 @@ def forward_backward(
     if recorder is not None or planning:
         _after_recording(kept, plan, recorder, auto if planning else None, record_timeline)
     return value
-
-
-def last_plan() -> Plan | None:
-    """The plan that the last step ran; None before the first.
-
-    Example:
-        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=8, schedule="auto")
-        >>> print(last_plan().to_text())
-    """
-    return _kept[0].plan if _kept else None
-
-
-def last_timeline() -> Timeline | None:
-    """What `record_timeline` measured in the last recorded step, the same on every rank; None before the first.
-
-    Example:
-        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=8, record_timeline=True)
-        >>> print(last_timeline().bubble_share)
-    """
-    return _kept[0].timeline if _kept else None
 
 
 def forward_eval(fwd_fn: ForwardFn, inputs: Any = None, dtype: torch.dtype | None = None, **options: Any) -> Any:
@@ -209,7 +185,7 @@ def _check_arguments(optimizer: Any, fwd_fn: Any, bwd_fn: Any, loss_reduction: A
         raise PipelineError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
 
 
-def _auto(kept: Runtime, schedule: Any, m: int, fwd_fn: Any, memory_limit: float | None) -> AutoPlan | None:
+def _auto(kept: PipelineState, schedule: Any, m: int, fwd_fn: Any, memory_limit: float | None) -> AutoPlan | None:
     """The planner of this kind of step, if it is to be planned."""
     if not is_auto(schedule):
         if memory_limit is not None:
@@ -290,17 +266,15 @@ def _merged(result: StepResult, forward_only: bool) -> Any:
 
 
 def _after_recording(
-    kept: Runtime, plan: Plan, recorder: Recorder | None, auto: AutoPlan | None, wanted: bool | str | os.PathLike[str]
+    kept: PipelineState, plan: Plan, recorder: Recorder | None, auto: AutoPlan | None, wanted: bool
 ) -> None:
-    """What a recorded step is good for: the next plan, `last_timeline`, a picture. Collective over the pipeline."""
+    """What a recorded step is good for: the next plan, and `last_timeline`. Collective over the pipeline."""
     try:
         measured = None if recorder is None else measure_step(kept.transport, kept.control, plan, recorder)
         if auto is not None:
             auto.end(measured)
         if measured is not None and wanted:
-            kept.timeline = measured.timeline
-            if not isinstance(wanted, bool) and kept.transport.rank == 0:
-                measured.draw(wanted)
+            kept.step = measured
     except BaseException as error:
         kept.transport.fail(error, "what follows a recorded step")
 
@@ -320,53 +294,6 @@ def _shared(transport: Transport, plan: Plan, value: Any) -> Any:
     except BaseException as error:
         transport.fail(error, "sharing the loss")
     return value
-
-
-# --- what is kept between steps ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Runtime:
-    """What belongs to the pipeline group that is set up now."""
-
-    group: dist.ProcessGroup | None
-    control: dist.ProcessGroup | None
-    transport: Transport
-    executors: dict[Plan, Executor] = field(default_factory=dict)
-    planners: dict[Any, AutoPlan] = field(default_factory=dict)
-    plan: Plan | None = None
-    timeline: Timeline | None = None
-
-
-_MOST_PLANS = 64  # a caller with a new number of micro-batches every step must not fill the memory
-_kept: list[Runtime] = []
-
-
-def current_runtime() -> Runtime:
-    """The transport of the current pipeline group; a pipeline of one rank needs no processes.
-
-    Raises:
-        TopologyError: Process groups have not been set up.
-    """
-    size = tpc.get_pp_size()
-    group = tpc.get_group("pipe") if size > 1 else None
-    control = tpc.get_control_group("pipe") if size > 1 else None
-    if not _kept or _kept[0].group is not group:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        transport: Transport = loopback(1, device=device)[0]
-        if control is not None:
-            transport = DistributedTransport(control, tpc.get_edge_groups(), device=device)
-        _kept[:] = [Runtime(group, control, transport)]
-    return _kept[0]
-
-
-def _executor(kept: Runtime, plan: Plan) -> Executor:
-    executor = kept.executors.get(plan)
-    if executor is None:
-        if len(kept.executors) >= _MOST_PLANS:
-            kept.executors.clear()
-        executor = kept.executors[plan] = Executor(plan, kept.transport)
-    return executor
 
 
 def _tensor_shard(wanted: bool) -> TensorGroupShard | None:

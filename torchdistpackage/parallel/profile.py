@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.data_parallel import DistributedDataParallelReducer
 from torchdistpackage.parallel.measure import measure_step, stage_costs
-from torchdistpackage.parallel.pipeline_sched import current_runtime
+from torchdistpackage.parallel.pipeline_state import current_state
 from torchdistpackage.parallel.step_plan import leanest_plan
 from torchdistpackage.runtime.backward import reachable_leaves
 from torchdistpackage.runtime.executor import ChunkWork, Executor
@@ -65,8 +65,8 @@ def profile_stage_costs(
         >>> costs = profile_stage_costs(fwd_fn, samples if first else targets, num_microbatches=8)
         >>> print(planner.plan(costs, tpc.get_pp_size(), 64).plan.to_text())
     """
-    runtime = current_runtime()
-    transport = runtime.transport
+    state = current_state()
+    transport = state.transport
     try:
         functions: list[Any] = list(fwd_fn) if isinstance(fwd_fn, (list, tuple)) else [fwd_fn]
         own = list(inputs) if isinstance(fwd_fn, (list, tuple)) and inputs is not None else [inputs] * len(functions)
@@ -88,7 +88,7 @@ def profile_stage_costs(
                 work = [ChunkWork(f, inputs=x, reducer=_Silent()) for f, x in zip(guarded, own, strict=True)]
                 executor.run(work, signature=", profiling", recorder=recorder)
                 if recorder is not None:
-                    steps.append(measure_step(transport, runtime.control, plan, recorder))
+                    steps.append(measure_step(transport, state.control, plan, recorder))
     return stage_costs(steps, whole.placement.num_stages)
 
 
