@@ -60,6 +60,27 @@ def test_never_worse_than_the_catalogue_at_large(p, m, chunks):
     test_never_worse_than_the_catalogue(p, m, chunks)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("p", "m"), [(16, 640), (64, 512)])
+@pytest.mark.parametrize("weight", [0.25, 1.5])
+def test_never_worse_than_the_catalogue_where_fewer_microbatches_are_tried_first(p, m, weight):
+    costs = uneven(p, 2, weight=weight, hop=0.2)
+    found = planner.plan(costs, p, m, 2 * p)
+    assert found.makespan <= best_of_the_catalogue(costs, p, m, 2 * p) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("p", "m", "limit", "at_most"), [(8, 32, 4, 1.35), (8, 32, 2, 1.1), (16, 64, 8, 1.35)])
+def test_with_less_memory_than_any_schedule_of_one_chunk(p, m, limit, at_most):
+    found = planner.plan(CostModel.uniform(p, hop=0.05), p, m, limit)
+    assert max(found.peak_bytes) <= limit
+    assert found.ratio <= at_most
+
+
+def test_one_microbatch_at_a_time():
+    found = planner.plan(CostModel.uniform(3), 3, 4, 1)
+    assert found.peak_bytes == (1, 1, 1)
+
+
 def test_whole_backwards_where_the_split_costs_more_than_it_gains():
     costs = CostModel((1.0,) * 4, (1.6,) * 4, (1.6,) * 4, backward=(2.0,) * 4)
     found = planner.plan(costs, 4, 64)
@@ -89,6 +110,13 @@ def test_a_placement_that_is_settled():
     costs = uneven(4, 2)
     for placement in (Placement.loop(4, 2), Placement.v(4)):
         assert planner.plan(costs, 4, 8, placement=placement).plan.placement == placement
+
+
+def test_nothing_to_plan():
+    with pytest.raises(ScheduleError, match=r"on ranks \(1, 0\)"):
+        planner.plan(CostModel.uniform(2), 2, 2, placement=Placement(2, (1, 0)))
+    with pytest.raises(ScheduleError, match="costs is empty"):
+        planner.plan([], 2, 2)
 
 
 def test_a_limit_that_nothing_fits():

@@ -2,15 +2,14 @@
 
 ::
 
-    catalogue of orders            1f1b, zb-h1, zb-v, ... that run on this many chunks
+    catalogue of orders            1f1b, zb-h1, zb-v, ... that run on this many chunks; orders.py: as memory allows
       | x W-refill                 the same F and I, every W where the rank would idle        refill.py
       | x whole backwards          where B is cheaper than I and W apart
       v
     time each, keep what fits, take the fastest  -->  lower, prove  -->  makespan / lower bound   bounds.py
 
-Every schedule of the catalogue that fits is timed as it is, so that the result is never slower than the best of them;
-above some 60,000 actions only the three that fewer micro-batches tell are the best. Nothing here depends on the clock
-or on chance: every rank and every run gets the same plan from the same costs.
+Every schedule of the catalogue that fits is timed as it is, so that the result is never slower than the best of them.
+Nothing here depends on the clock or on chance: every rank and every run gets the same plan from the same costs.
 
 Source: the portfolio and the refill follow the observation of Qi et al., "Zero Bubble Pipeline Parallelism", 2023, that
 with measured costs a heuristic with free W comes within a few percent of the optimum that an integer program finds.
@@ -26,6 +25,7 @@ from typing import NamedTuple, final
 
 from torchdistpackage.errors import ScheduleError
 from torchdistpackage.schedule.bounds import MemoryLimit, lower_bound, memory_limits
+from torchdistpackage.schedule.orders import warm_up, windowed
 from torchdistpackage.schedule.placement import Placement
 from torchdistpackage.schedule.plan import Plan
 from torchdistpackage.schedule.refill import merge, merge_all, order_of, refill
@@ -37,9 +37,10 @@ __all__ = ["Candidate", "PlannedSchedule", "plan"]
 
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 _ENOUGH = 1.001  # of the lower bound: nothing that is worth a search is left to gain
-_MANY = 60_000  # actions, from which on ideas are tried with fewer micro-batches first
+_MANY = 60_000  # actions, from which on places for W are tried with fewer micro-batches first
 _FINALISTS = 3  # of a large plan, looked at in full
 _WARM_UPS = ("1f1b, eager as memory allows", "1f1b, as memory allows")
+_WINDOWED = "windowed"
 _ROUNDING = 1 + 1e-9
 
 
@@ -130,14 +131,17 @@ def plan(
         for model in ([costs] if isinstance(costs, CostModel) else costs)
         for search in _searches(model, num_ranks, num_microbatches, limits, placement)
     ]
-    if max((search.size for search in searches), default=0) > _MANY:
+    if not searches:
+        owners = "none was given" if placement is None else f"the stages are on ranks {placement.owners}"
+        raise ScheduleError(f"there is nothing to plan: no schedule fits the placement ({owners}), or costs is empty")
+    if max(search.size for search in searches) > _MANY:
         _scout(searches)
     else:
         for search in searches:
             search.run()
     looked_at = sorted((c for search in searches for c in search.candidates), key=lambda c: (not c.fits, c.makespan))
-    best = min(searches, key=lambda search: search.makespan, default=None)
-    if best is None or best.rows is None:
+    best = min(searches, key=lambda search: search.makespan)
+    if best.rows is None:
         least = min((candidate.peak for candidate in looked_at), default=math.inf)
         raise ScheduleError(
             f"no schedule fits memory_limit={memory_limit}: the leanest of {len(looked_at)} holds {least:g} on its "
@@ -200,7 +204,7 @@ class _Search:
         self.candidates: list[Candidate] = []
         self.name, self.makespan, self._peak = "", math.inf, math.inf
         self.rows: Rows | None = None
-        self._enough = _ENOUGH * lower_bound(costs, placement, count)
+        self.enough = _ENOUGH * lower_bound(costs, placement, count)
         # On real machines a whole backward is cheaper than its halves: then as few as useful are split.
         self._dear = any(b < (i + w) / _ROUNDING for b, i, w in _backwards(costs))
         self._orders: dict[str, Rows] = {}
@@ -226,7 +230,7 @@ class _Search:
         for idea in self.plain():
             self.look(idea)
         for idea in self.refills():
-            if self.makespan <= self._enough:
+            if self.makespan <= self.enough:
                 return
             self.look(idea)
 
@@ -234,16 +238,16 @@ class _Search:
         """The catalogue as it is."""
         return [_Idea(name) for name in self.schedules]
 
-    def refills(self) -> Iterator[_Idea]:
+    def refills(self, shares: Sequence[float] = _SHARES) -> Iterator[_Idea]:
         """All orders with every W anew."""
         p = self.clock.placement.num_ranks
-        warm_ups = list(_WARM_UPS) if self.clock.placement.num_stages == p else []
-        for name in [*self.schedules, *warm_ups]:
+        warm_ups = _WARM_UPS if self.clock.placement.num_stages == p else ()
+        for name in (*self.schedules, *warm_ups, _WINDOWED):
             for whole in (0, p, 2 * p) if self._dear else (0,):
                 if whole < self.clock.count:
-                    yield from (_Idea(name, share, whole) for share in _SHARES)
+                    yield from (_Idea(name, share, whole) for share in shares)
 
-    def look(self, idea: _Idea) -> float:
+    def look(self, idea: _Idea, *, merging: bool = True) -> float:
         """Times an idea and keeps it if it is the best that fits; returns its time, infinite if it does not fit."""
         rows = self._order(idea.name)
         if idea.share is None:
@@ -255,7 +259,7 @@ class _Search:
         if found is None:
             return math.inf
         time = self._take(idea.title, found.rows, found.makespan)
-        if self._dear and (arrivals := self.clock.play(found.rows)) is not None:
+        if merging and self._dear and (arrivals := self.clock.play(found.rows)) is not None:
             merged = merge(self.clock, found.rows, arrivals)
             if merged != found.rows:
                 return min(time, self._take(f"{idea.title}, merged", merged))
@@ -279,66 +283,42 @@ class _Search:
     def _order(self, name: str) -> Rows:
         placement = self.clock.placement
         if name not in self._orders:
-            if name in _WARM_UPS:
-                self._orders[name] = self._warm_up(lean=name == _WARM_UPS[1])
+            if name == _WINDOWED:
+                self._orders[name] = windowed(self.clock, self._limits)
+            elif name in _WARM_UPS:
+                self._orders[name] = warm_up(self.clock, self._limits, lean=name == _WARM_UPS[1])
             else:
                 chunks = placement.num_stages // placement.num_ranks
                 self._orders[name] = encode(outline(name, placement.num_ranks, self.clock.count, chunks=chunks))
         return self._orders[name]
 
-    def _warm_up(self, *, lean: bool) -> Rows:
-        """1F1B with one chunk and as many forwards ahead as memory allows, at most 1F1B's or eager 1F1B's."""
-        clock = self.clock
-        p, count = clock.placement.num_ranks, clock.count
-        ahead: list[int] = []
-        for rank, (limit, static) in enumerate(zip(self._limits, clock.static, strict=True)):
-            size = clock.held[rank]
-            room = count if size <= 0 or math.isinf(limit) else int((limit - static) * _ROUNDING / size)
-            most = p - rank if lean else 2 * (p - rank) - 1
-            # A rank that is further ahead than the one before it would wait for what cannot come.
-            ahead.append(max(1, min(count, room, most, *ahead[-1:])))
-        return [_alternating(rank, p, count, warm) for rank, warm in enumerate(ahead)]
-
 
 def _scout(searches: list[_Search]) -> None:
-    """Large plans: finds the promising ideas with fewer micro-batches, and looks at those in full only.
+    """Large plans: times the catalogue as it is, but finds the promising places for W with fewer micro-batches.
 
     Time grows by the same amount with every further micro-batch, once the pipeline is full: two sizes tell how much.
     """
-    promising: list[tuple[float, int, _Idea]] = []
+    entries: list[tuple[float, int, _Idea]] = []
+    smaller = []
     for number, search in enumerate(searches):
+        for idea in search.plain():
+            search.look(idea)
         p, count = search.clock.placement.num_ranks, search.clock.count
         few, some = (search.smaller(min(count, size)) for size in (p + 1, p + p // 2 + 2))
+        smaller.append(some)
         scale = (count - some.clock.count) / max(1, some.clock.count - few.clock.count)
-        for group in (some.plain(), list(some.refills())):
-            best: dict[str, tuple[float, _Idea]] = {}  # of each order
-            for idea in group:
-                best[idea.name] = min(best.get(idea.name, (math.inf, idea)), (some.look(idea), idea), key=_time)
-            for time, idea in best.values():
-                if time < math.inf:
-                    promising.append((time + scale * max(0.0, time - few.look(idea)), number, idea))
-    for kind in (False, True):
-        chosen = [entry for entry in promising if (entry[2].share is not None) == kind]
-        for _, number, idea in sorted(chosen, key=lambda entry: entry[:2])[:_FINALISTS]:
-            searches[number].look(idea)
-    if all(search.rows is None for search in searches):
-        for search in searches:
-            search.run()
-
-
-def _time(entry: tuple[float, _Idea]) -> float:
-    return entry[0]
+        for idea in some.refills(_SHARES[2:3]):
+            time = some.look(idea, merging=False)
+            if time < math.inf:
+                entries.append((time + scale * max(0.0, time - few.look(idea, merging=False)), number, idea))
+    best = min(searches, key=lambda search: search.makespan)
+    if best.makespan <= best.enough:
+        return
+    for _, number, idea in sorted(entries, key=lambda entry: entry[:2])[:_FINALISTS]:
+        tries = [idea._replace(share=share) for share in _SHARES]
+        times = [smaller[number].look(again, merging=False) for again in tries]
+        searches[number].look(tries[times.index(min(times))])
 
 
 def _backwards(costs: CostModel) -> Iterator[tuple[float, float, float]]:
     return zip(costs.backwards, costs.input_grad, costs.weight_grad, strict=True)
-
-
-def _alternating(rank: int, p: int, count: int, ahead: int) -> list[int]:
-    """F and I of one rank: `ahead` forwards, then one of each in turn."""
-    row = [rank * count + i for i in range(ahead)]
-    for i in range(count):
-        row.append((p + rank) * count + i)
-        if ahead + i < count:
-            row.append(rank * count + ahead + i)
-    return row
