@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=1)
     parser.add_argument("--placement", choices=["loop", "v"], default="loop")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", nargs="+", help="these fixed schedules, instead of all that fit")
     parser.add_argument("--draw", help="where the measured step is drawn, beside its simulation")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -91,6 +92,7 @@ def main() -> None:
     tpc.setup_process_groups([("pipe", dist.get_world_size())])
     m, auto = args.microbatches, {"loop": "auto", "v": "auto-v"}[args.placement]
     fixed = [n for n in names() if (f := describe(n)).placement == args.placement and f.runs(args.chunks)]
+    fixed = args.only or fixed
     placement = describe(fixed[0]).place(tpc.get_pp_size(), args.chunks)
     stages = partition_chunks(layers_of(args.model), placement)
     x = torch.randn(args.rows * m, 3, args.size, args.size)
