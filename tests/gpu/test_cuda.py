@@ -11,6 +11,7 @@ from torch import nn
 
 from torchdistpackage import forward_backward, setup_distributed, tpc
 from torchdistpackage.runtime import ChunkWork, Executor
+from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.schedule import build, names
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -20,17 +21,24 @@ mse = nn.functional.mse_loss
 @pytest.mark.parametrize("name", names())
 def test_loopback_on_a_device(name):
     torch.manual_seed(0)
-    stages = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)]).cuda()
+    plan = build(name, 3, 4)
+    stages = nn.Sequential(*[nn.Linear(8, 8) for _ in plan.placement.owners]).cuda()
     reference = copy.deepcopy(stages)
-    x, y = torch.randn(10, 8, device="cuda"), torch.randn(10, 8, device="cuda")
+    functions, device = stage_functions(stages), torch.device("cuda", 0)
+    inputs = stage_inputs(len(stages), torch.randn(10, 8, device="cuda"), torch.randn(10, 8, device="cuda"))
 
     def rank_step(rank, transport):
-        transport.device = torch.device("cuda", 0)
-        work = ChunkWork(stage_functions(stages)[rank], inputs=stage_inputs(3, x, y)[rank])
-        Executor(build(name, 3, 4), transport).run([work])
+        transport.device = device
+        recorder = Recorder(device, memory=name == "1f1b")
+        work = [ChunkWork(functions[s], inputs=inputs[s]) for s in plan.placement.local_stages(rank)]
+        Executor(plan, transport).run(work, recorder=recorder)
+        return recorder.spans()
 
-    assert on_every_rank(3, rank_step) == [None] * 3
-    plain_loop(reference, x, y, 4)
+    for rank, spans in enumerate(on_every_rank(3, rank_step)):
+        computed = [span.action for span in spans if span.action.op.is_compute]
+        assert computed == [action for action in plan.actions[rank] if action.op.is_compute]
+        assert all(span.start <= span.end for span in spans)
+    plain_loop(reference, inputs[0], inputs[-1], 4)
     assert_same_gradients(stages, reference)
 
 

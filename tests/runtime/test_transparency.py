@@ -26,7 +26,7 @@ def make_stages(p, width=6):
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_training_is_the_plain_loop_bitwise(name, p):
-    for m in range(1, 2 * p + 2):
+    for m in sorted({*range(1, 2 * p + 2), 5}):
         plan = build(name, p, m)
         for rows in sorted({1, m, 2 * m + 1, 7}):
             stages = make_stages(plan.placement.num_stages)
