@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchdistpackage.parallel.tied_parameters import counted_elsewhere
+from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.process_groups import communication_device
 
@@ -35,11 +35,11 @@ def clip_grad_norm_(
     """Clips the gradients of this rank's parameters as `torch.nn.utils.clip_grad_norm_` would those of the whole model.
 
     Collective over the pipe and the tensor group: call it on every rank, after the step and before the optimizer. A
-    parameter that lives on several stages counts once. Over the tensor group every rank's parameters count, as shards;
-    those that all of its ranks hold whole are named in `replicated`.
+    parameter that lives on several stages, or is given more than once, counts once. Over the tensor group every rank's
+    parameters count, as shards; those that all of its ranks hold whole are named in `replicated`.
 
     Args:
-        parameters: This rank's parameters; those without a gradient count nothing.
+        parameters: This rank's parameters, of all of its chunks; those without a gradient count nothing.
         max_norm: The norm that the gradients have at most afterwards.
         norm_type: p > 0, or `inf`.
         error_if_nonfinite: Raise, on every rank, if the total norm is NaN or infinite.
@@ -64,7 +64,8 @@ def clip_grad_norm_(
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     own = list({id(parameter): parameter for parameter in given}.values())  # chunks of one rank may share some
     with_grad = [p for p in own if p.grad is not None]
-    elsewhere = {id(p) for p in own if counted_elsewhere(p)}
+    tied = ties()
+    elsewhere = {id(p) for p in own if tied.counts_elsewhere(p)}
     if tpc.get_group_size("tensor") > 1 and tpc.get_group_rank("tensor") > 0:
         elsewhere |= {id(p) for p in replicated}
     total = _total_norm([p.grad for p in with_grad if id(p) not in elsewhere and p.grad is not None], own, norm_type)

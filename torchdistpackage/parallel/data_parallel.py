@@ -9,7 +9,7 @@ it is kept quiet during the step and armed right before the last backward, so th
 
 A split backward is armed before its last W; what got all of its gradient with an I before that is reported then. Two
 chunks of one rank that share a parameter (a tie under v placement) are reduced together, when both are complete: the
-sum over the replicas must not be taken while one chunk still adds to it.
+sum over the replicas must not be taken while one chunk still adds to it, nor be taken twice.
 
 Neighbours: `pipeline_sched.py` hands a reducer to each stage; `runtime/stage.py` calls it and knows only its protocol.
 """
@@ -82,24 +82,31 @@ class DistributedDataParallelReducer:
         modules: The modules, if known: then nothing is searched.
     """
 
-    @classmethod
-    def of_chunks(
-        cls, modules: Sequence[Sequence[DistributedDataParallel] | None]
-    ) -> list[DistributedDataParallelReducer]:
-        """The reducers of all chunks of this rank, which know of each other; one entry a chunk."""
-        reducers = [cls(known) for known in modules]
-        for reducer in reducers:
-            reducer._others = [other for other in reducers if other is not reducer]
-        return reducers
-
     def __init__(self, modules: Sequence[DistributedDataParallel] | None = None) -> None:
         self._modules = modules
-        self._others: list[DistributedDataParallelReducer] = []
-        self._waits_for: list[DistributedDataParallelReducer] = []
+        self._family = [self]
+        self._together: list[DistributedDataParallelReducer] = []
         self._complete = False
         self._quiet: list[DistributedDataParallel] = []
         self._reached: frozenset[int] | None = None
         self._output: Any = None
+
+    @classmethod
+    def of_chunks(
+        cls, modules: Sequence[Sequence[DistributedDataParallel] | None]
+    ) -> list[DistributedDataParallelReducer]:
+        """The reducers of all chunks of this rank for one step, which know of each other.
+
+        Args:
+            modules: One entry a chunk: its modules, or None to find them.
+
+        Example:
+            >>> first, second = DistributedDataParallelReducer.of_chunks([None, None])
+        """
+        reducers = [cls(known) for known in modules]
+        for reducer in reducers:
+            reducer._family = reducers
+        return reducers
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -119,6 +126,9 @@ class DistributedDataParallelReducer:
     def arm(self, output: Any, parameters: frozenset[int] | None = None) -> None:
         """Comes right before the last backward: from here on gradients are reduced as they become ready.
 
+        By then the first forward of every chunk of this rank has run, because what a backward starts from went through
+        all stages. A chunk that shares a parameter with another one is not armed but reduced by `finish`.
+
         Args:
             output: What this backward starts from. With `find_unused_parameters` its graph says which parameters the
                 last micro-batch does not reach; those are reduced with what earlier micro-batches gave them.
@@ -126,56 +136,53 @@ class DistributedDataParallelReducer:
                 others have all that they get, and `finish` says so to torch's reducer.
         """
         self._reached, self._output = parameters, output
-        mine = self._parameters()
-        self._waits_for = [other for other in self._others if mine & other._parameters()]
-        if not self._waits_for:
-            self._arm()
-
-    def _arm(self) -> None:
-        for module in self._quiet:
-            module.require_backward_grad_sync = True
-            module.require_forward_param_sync = True
-            roots = []
-            if module.find_unused_parameters:
-                roots = _tensors(self._output)
-            module.reducer.prepare_for_backward(roots)
+        self._together = self._connected()
+        if len(self._together) == 1:
+            for module in self._quiet:
+                _prepare(module, _tensors(output))
 
     def finish(self) -> None:
         """Comes after the last backward; torch's reducer has waited for its buckets at the end of that."""
         self._complete = True
-        together = [self, *self._waits_for]
+        together = self._together or [self]
         if not all(reducer._complete for reducer in together):
             return  # the last of the chunks that share a parameter reduces for all of them
+        if len(together) > 1:
+            _reduce_now([module for reducer in together for module in reducer._quiet])
+        elif self._reached is not None:
+            for module in self._quiet:
+                _report_ready(module, self._reached, self._output)
         for reducer in together:
-            if reducer._waits_for:
-                reducer._arm()
-                reducer._reached = frozenset()
-            if reducer._reached is not None:
-                for module in reducer._quiet:
-                    reducer._report_ready(module, reducer._reached)
             reducer.cancel()
 
     def cancel(self) -> None:
         """Leaves the user's modules as they were."""
         for module in self._quiet:
             module.require_backward_grad_sync = True
+            module.require_forward_param_sync = True  # the quiet forwards have turned it off
         self._quiet = []
         self._reached = self._output = None
-        self._waits_for, self._complete = [], False
+        self._together, self._complete = [], False
+
+    def _connected(self) -> list[DistributedDataParallelReducer]:
+        """This chunk and those that share parameters with it, directly or by way of others, in the model's order."""
+        if len(self._family) == 1:
+            return [self]
+        found, rest, mine = [self], [other for other in self._family if other is not self], self._parameters()
+        while near := [other for other in rest if mine & other._parameters()]:
+            found += near
+            rest = [other for other in rest if other not in near]
+            mine = mine.union(*(other._parameters() for other in near))
+        return [reducer for reducer in self._family if reducer in found]
 
     def _parameters(self) -> set[int]:
-        return {id(p) for module in self._quiet for p in module.module.parameters() if p.requires_grad}
-
-    def _report_ready(self, module: DistributedDataParallel, reached: frozenset[int]) -> None:
-        """Adds zero to the gradients that became complete before the reducer was armed, which runs its hooks."""
-        ready = [p for p in module.module.parameters() if p.requires_grad and id(p) not in reached]
-        if module.find_unused_parameters:
-            used = {id(leaf) for leaf in reachable_leaves(_tensors(self._output))}
-            ready = [p for p in ready if id(p) in used]
-        if ready:
-            torch.autograd.backward(ready, [p.new_zeros(()).expand_as(p) for p in ready])
+        return {id(p) for module in self._quiet for p in _trainable(module)}
 
     def _silence(self, module: DistributedDataParallel) -> None:
+        if any(module is quiet for reducer in self._family for quiet in reducer._quiet):
+            if not any(module is quiet for quiet in self._quiet):
+                self._quiet.append(module)  # one module runs several chunks
+            return
         if not module.require_backward_grad_sync or getattr(module, "_passes_through", False):
             return  # the user is inside of no_sync() and reduces later; or there is nothing to reduce
         if module.static_graph:
@@ -186,6 +193,65 @@ class DistributedDataParallelReducer:
             )
         module.require_backward_grad_sync = False
         self._quiet.append(module)
+
+
+# --- what torch's reducer is told -------------------------------------------------------------------------------------
+
+
+def _prepare(module: DistributedDataParallel, roots: list[Tensor]) -> None:
+    """Arms torch's reducer: the next gradient of each parameter, or its absence from the roots' graph, counts."""
+    module.require_backward_grad_sync = True
+    module.require_forward_param_sync = True
+    module.reducer.prepare_for_backward(roots if module.find_unused_parameters else [])
+
+
+def _report_ready(module: DistributedDataParallel, reached: frozenset[int], output: Any) -> None:
+    """Reports the gradients that became complete before the reducer was armed.
+
+    A parameter without a gradient, which the last micro-batch did not use either, is left for torch to complain of.
+    """
+    ready = [p for p in _trainable(module) if id(p) not in reached]
+    if module.find_unused_parameters or any(p.grad is None for p in ready):
+        used = {id(leaf) for leaf in reachable_leaves(_tensors(output))}
+        ready = [p for p in ready if id(p) in used or not (module.find_unused_parameters or p.grad is None)]
+    _add_nothing(ready)
+
+
+def _reduce_now(modules: Sequence[DistributedDataParallel]) -> None:
+    """Reduces gradients that are complete, one module after the other, each parameter with the first that has it.
+
+    For the modules after that its gradient is out of the way: a sum over the replicas, or a lossy hook of the user's,
+    must not be applied to what is reduced already.
+    """
+    done: set[int] = set()
+    for module in dict.fromkeys(modules):
+        own = _trainable(module)
+        aside = [(p, p.grad) for p in own if id(p) in done]
+        if len(aside) == len(own):
+            continue
+        for parameter, _ in aside:
+            parameter.grad = None
+        ready = [p for p in own if p.grad is not None or id(p) in done]
+        with torch.enable_grad():
+            _prepare(module, [p.view_as(p) for p in ready])
+        _add_nothing(ready)
+        for parameter, gradient in aside:
+            parameter.grad = gradient
+        done |= {id(p) for p in own}
+
+
+def _add_nothing(parameters: list[Tensor]) -> None:
+    """A backward that adds zero to the gradients of these leaves, which runs the reducer's hooks; costs no memory."""
+    zeros = [
+        torch.zeros_like(p.grad) if p.grad is not None and p.grad.is_sparse else p.new_zeros(()).expand_as(p)
+        for p in parameters
+    ]
+    if parameters:
+        torch.autograd.backward(parameters, zeros)
+
+
+def _trainable(module: DistributedDataParallel) -> list[Tensor]:
+    return [p for p in module.module.parameters() if p.requires_grad]
 
 
 def _tensors(output: Any) -> list[Tensor]:

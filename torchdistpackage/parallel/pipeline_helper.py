@@ -1,13 +1,15 @@
-"""The stage of *this* rank: the functions of `split/sequential.py` with the pipeline's size and rank filled in.
+"""The stages of *this* rank: the functions of `split/sequential.py` with the pipeline's size and rank filled in.
 
-Every rank builds the same model, flattens it the same way, and keeps its own slice. `num_stages` and `stage` can be
-given instead, for looking at a split without processes or for several stages a rank; then nothing is communicated.
+Every rank builds the same model, flattens it the same way, and keeps its own slice, or with `partition_chunks` its own
+slices. `num_stages` and `stage` can be given instead, for looking at a split without processes; then nothing is
+communicated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from torchdistpackage.errors import SplitError
 from torchdistpackage.parallel.step_plan import placement_of
 from torchdistpackage.schedule import Placement, Plan
 from torchdistpackage.split.cost import CostName, layer_costs
-from torchdistpackage.split.names import ties_of
+from torchdistpackage.split.names import TiedParameter, ties_of
 from torchdistpackage.split.sequential import (
     CallableModule,
     balanced_partition,
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 Layers = Iterable[nn.Module | Callable[..., Any]]
+
+_OPTIONS = {"uniform": ("extra_len",), "balanced": ("weights", "costs", "example_input")}
 
 
 def partition_uniform(
@@ -59,7 +63,9 @@ def partition_uniform(
         >>> model = torch.nn.Sequential(*partition_uniform(flat_model))
     """
     here = _place(num_stages, stage)
-    return _with_ties(uniform_partition(flat_sequence, here.num_stages, here.stage, extra_len), num_stages)
+    row = flatten_sequence(flat_sequence, 0)
+    part = uniform_partition(row, here.num_stages, here.stage, extra_len)
+    return part if num_stages is not None else _with_ties(part, row, tuple(range(here.num_stages)))
 
 
 def partition_balanced(
@@ -74,8 +80,8 @@ def partition_balanced(
 ) -> list[nn.Module]:
     """This rank's layers when the most expensive stage is as cheap as it can be.
 
-    With costs="time" the first rank of the pipeline measures and the others use its numbers, so that all cut at the
-    same places; every rank of the pipeline must make the call.
+    With costs="time" the first rank of the first pipeline measures and the others use its numbers, so that all cut at
+    the same places; every rank must make the call.
 
     Args:
         flat_sequence: All layers, a list or an `nn.Sequential`.
@@ -94,15 +100,12 @@ def partition_balanced(
     Example:
         >>> model = torch.nn.Sequential(*partition_balanced(flat_model, costs="flops", example_input=images[:1]))
     """
-    if weights is not None and costs is not None:
-        raise SplitError(f"weights and costs={costs!r} both say what the layers cost; pass one of them")
     here = _place(num_stages, stage)
     row = flatten_sequence(flat_sequence, 0)
-    numbers: CostName | Sequence[float] | None = costs if weights is None else weights
-    if costs == "time" and num_stages is None and here.num_stages > 1:
-        numbers = _times_of_the_first_rank(row, example_input)
-    part = balanced_partition(row, here.num_stages, here.stage, costs=numbers, example_input=example_input)
-    return _with_ties(part, num_stages)
+    together = num_stages is None and here.num_stages > 1
+    numbers = _costs(row, together, weights=weights, costs=costs, example_input=example_input)
+    part = balanced_partition(row, here.num_stages, here.stage, costs=numbers)
+    return part if num_stages is not None else _with_ties(part, row, tuple(range(here.num_stages)))
 
 
 def partition_chunks(
@@ -115,7 +118,9 @@ def partition_chunks(
 ) -> dict[int, nn.Sequential]:
     """This rank's stages under a schedule that may have several a rank.
 
-    Every rank of the pipeline makes the call, with the same layers.
+    Every rank of the pipeline makes the call, with the same layers; with costs="time" those of all replicas, too. A
+    schedule with one stage a rank gives one entry. A parameter that stages on several ranks share is tied; see
+    `tie_parameters`.
 
     Args:
         flat_sequence: All layers, a list or an `nn.Sequential`.
@@ -129,28 +134,32 @@ def partition_chunks(
         same order.
 
     Raises:
-        SplitError: There are fewer layers than stages, or the policy is unknown.
+        SplitError: There are fewer layers than stages, the policy is unknown or does not take an option, or as
+            `partition_balanced`.
         ScheduleError: The schedule is unknown, does not run that many chunks, or is made for other ranks.
         TopologyError: The process groups are not set up.
 
     Example:
-        >>> stages = partition_chunks(layers, "zb-v")
-        >>> loss = forward_backward(optimizer, [fwd_fn_of(s) for s in stages], None, inputs, 8, schedule="zb-v")
+        >>> stages = partition_chunks(layers, "zb-v")  # on rank 0 of 4: {0: Sequential(...), 7: Sequential(...)}
+        >>> def last(x):
+        ...     return criterion(stages[7](x[0]), x[1])
+        >>> fwd_fn = [last if index == 7 else stage for index, stage in stages.items()]
+        >>> inputs = [samples if index == 0 else [targets] if index == 7 else None for index in stages]
+        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, 8, schedule="zb-v")
     """
     from torchdistpackage.topology import tpc
 
+    if policy not in _OPTIONS:
+        raise SplitError(f"unknown policy {policy!r}; use {' or '.join(map(repr, _OPTIONS))}")
+    if wrong := [name for name in options if name not in _OPTIONS[policy]]:
+        raise SplitError(f"policy {policy!r} takes {', '.join(_OPTIONS[policy])}, not {', '.join(wrong)}")
     placement = placement_of(schedule, tpc.get_pp_size(), chunks)
     row = flatten_sequence(flat_sequence, 0)
-    if policy == "balanced" and options.get("costs") == "time" and tpc.get_pp_size() > 1:
-        options["costs"] = _times_of_the_first_rank(row, options.get("example_input"))
-    elif policy == "balanced" and options.get("weights") is not None:
-        options["costs"] = options.pop("weights")
-    policies: dict[str, Callable[..., list[nn.Module]]] = {"uniform": uniform_partition, "balanced": balanced_partition}
-    if policy not in policies:
-        raise SplitError(f"unknown policy {policy!r}; use {' or '.join(map(repr, policies))}")
-    stages = placement.local_stages(tpc.get_pp_rank())
-    parts = {stage: policies[policy](row, placement.num_stages, stage, **options) for stage in stages}
-    _register_ties([layer for part in parts.values() for layer in part], placement.owners)
+    cut: Callable[..., list[nn.Module]] = partial(uniform_partition, **options)
+    if policy == "balanced":
+        cut = partial(balanced_partition, costs=_costs(row, True, **options))
+    parts = {stage: cut(row, placement.num_stages, stage) for stage in placement.local_stages(tpc.get_pp_rank())}
+    _with_ties([layer for part in parts.values() for layer in part], row, placement.owners)
     return {stage: nn.Sequential(*part) for stage, part in parts.items()}
 
 
@@ -193,40 +202,67 @@ def _place(num_stages: int | None, stage: int | None) -> _Place:
     return _Place(tpc.get_pp_size(), tpc.get_pp_rank())
 
 
-def _with_ties(part: list[nn.Module], num_stages: int | None) -> list[nn.Module]:
-    """With one stage a rank; nothing is registered where the caller asked for stages by number."""
-    if num_stages is None:
-        _register_ties(part, None)
-    return part
-
-
-def _register_ties(layers: Sequence[nn.Module], owners: Sequence[int] | None) -> None:
+def _with_ties(part: list[nn.Module], row: Sequence[nn.Module], owners: Sequence[int]) -> list[nn.Module]:
     """Registers the parameters that this rank shares with other ranks, so that each step sums their gradients.
 
     All ranks cut the same model, so that every holder registers the same parameters, in the order of their names. A
     parameter whose stages are all on this rank is one tensor already: nothing needs to be sent.
+
+    Args:
+        part: The layers of this rank, which are returned.
+        row: All layers.
+        owners: The rank of every stage.
     """
     from torchdistpackage.parallel.tied_parameters import ties
 
-    found = {id(p): tie for layer in layers for p in layer.parameters() if (tie := ties_of(p)) is not None}
-    for tie in sorted(found.values(), key=lambda tie: tie.name):
-        ranks = sorted(set(tie.stages if owners is None else (owners[stage] for stage in tie.stages)))
-        if len(ranks) > 1:
+    placed: dict[int, tuple[int, ...]] = {}
+    found: list[TiedParameter] = []
+    for parameter in {id(p): p for layer in row for p in layer.parameters()}.values():
+        tie = ties_of(parameter)
+        placed[id(parameter)] = tuple(sorted({owners[stage] for stage in tie.stages})) if tie is not None else ()
+        if tie is not None:
+            found.append(tie)
+    ties().cut_again(placed)
+    mine = {id(p) for layer in part for p in layer.parameters()}
+    for tie in sorted(found, key=lambda tie: tie.name):
+        ranks = placed[id(tie.parameter)]
+        if len(ranks) > 1 and id(tie.parameter) in mine:
             ties().add(tie.name, ranks, tie.parameter)
+    return part
+
+
+def _costs(
+    row: list[nn.Module],
+    together: bool,
+    *,
+    weights: Sequence[float] | None = None,
+    costs: CostName | None = None,
+    example_input: Any = None,
+) -> tuple[float, ...]:
+    """One number a layer; if the ranks cut together, times are those of one rank."""
+    if weights is not None and costs is not None:
+        raise SplitError(f"weights and costs={costs!r} both say what the layers cost; pass one of them")
+    if costs == "time" and together:
+        return _times_of_the_first_rank(row, example_input)
+    return layer_costs(row, weights if weights is not None else costs or "parameters", example_input)
 
 
 def _times_of_the_first_rank(row: list[nn.Module], example_input: Any) -> tuple[float, ...]:
-    """What the pipeline's first rank measures. An error goes round as well: the others would wait for ever."""
+    """What one rank measures, for all. An error goes round as well: the others would wait for ever."""
     from torchdistpackage.topology import tpc
 
+    # First to the first ranks of the replicas, whose stages must be alike, then down each pipeline.
+    modes = [mode for mode in ("data", "tensor", "pipe") if tpc.is_mode_inited(mode)]
     box: list[tuple[float, ...] | str] = [""]
     cause: Exception | None = None
-    if tpc.get_pp_rank() == 0:
+    if all(tpc.get_group_rank(mode) == 0 for mode in modes):
         try:
             box = [layer_costs(row, "time", example_input)]
         except Exception as error:
             cause, box = error, [str(error)]
-    dist.broadcast_object_list(box, src=tpc.get_ranks_in_group("pipe")[0], group=tpc.get_control_group("pipe"))
+    for mode in modes:
+        group = tpc.get_control_group(mode)
+        dist.broadcast_object_list(box, src=tpc.get_ranks_in_group(mode)[0], group=group)
     if isinstance(box[0], str):
         raise SplitError(f"the first rank of the pipeline could not measure the layers: {box[0]}") from cause
     return box[0]

@@ -6,8 +6,10 @@ is the sum over all holders, before clipping and stepping, so that equal optimiz
     rank 0: embedding.weight.grad  --->  +  <---  rank 3: head.weight.grad          both get the sum, added in the order
                                                                                    of the ranks: the same bits
 
-Only what this step added is exchanged: a gradient that was there before the step is set aside and added back, so that
-accumulation over several steps does not count it twice.
+A gradient that was there before the step counts once: all holders have the same one, so the first holder's stays where
+it is, and the others' are put away. It has to stay somewhere for replicas that reduce it later (`no_sync`).
+
+A parameter whose holders are chunks of one rank is one tensor there already, and nobody else knows of it.
 
 Ranks that once agreed to share a parameter exchange one message each step from then on, which may be empty. Whether
 they do must not depend on when a model happens to be collected, or they would wait for each other.
@@ -16,7 +18,7 @@ they do must not depend on when a model happens to be collected, or they would w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +32,20 @@ from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.topology import tpc
 
-__all__ = ["TiedParameters", "counted_elsewhere", "tie_parameters", "ties"]
+__all__ = ["TiedParameters", "tie_parameters", "ties"]
 
 # What an exchange is about, in the place of a micro-batch's number; 0 is the loss (`pipeline_sched.py`).
 _GRADIENTS, _VALUES = 1, 2
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tie:
     """One shared parameter, as this rank sees it."""
 
     name: str
     ranks: tuple[int, ...]
     parameter: weakref.ref[Tensor]
+    by_hand: bool
     equal: bool = False  # whether the holders have agreed on one value
 
 
@@ -59,17 +62,36 @@ class TiedParameters:
         self._peers: set[int] = set()
         self._before: dict[int, Tensor] = {}
         self._training = False
+        self._holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> its ranks
 
-    def add(self, name: str, ranks: Sequence[int], parameter: nn.Parameter) -> None:
+    def add(self, name: str, ranks: Sequence[int], parameter: nn.Parameter, *, by_hand: bool = False) -> None:
         """Registers a parameter; every holder does so, in one order. A second time changes nothing."""
         if any(tie.parameter() is parameter for tie in self._ties):
             return
-        self._ties.append(_Tie(name, tuple(sorted(ranks)), weakref.ref(parameter)))
+        self._ties.append(_Tie(name, tuple(sorted(ranks)), weakref.ref(parameter), by_hand))
         self._peers |= set(ranks) - {self._rank}
-        _holders[parameter] = min(ranks)
+        self._holders[parameter] = tuple(sorted(ranks))
+
+    def cut_again(self, placed: Mapping[int, tuple[int, ...]]) -> None:
+        """Forgets ties that an earlier cut of the same model found, where this one puts the parameters on other ranks.
+
+        Args:
+            placed: The id of a parameter -> the ranks that hold it now. Every rank knows all of the model, so that all
+                forget the same.
+        """
+        for tie in list(self._ties):
+            parameter = tie.parameter()
+            if parameter is not None and not tie.by_hand and placed.get(id(parameter), tie.ranks) != tie.ranks:
+                self._ties.remove(tie)
+                self._holders.pop(parameter)  # type: ignore[no-untyped-call]
+
+    def counts_elsewhere(self, parameter: Tensor) -> bool:
+        """Whether another rank counts this parameter in norms."""
+        ranks: tuple[int, ...] | None = self._holders.get(parameter)  # type: ignore[no-untyped-call]
+        return ranks is not None and ranks[0] != self._rank
 
     def begin_step(self, transport: Transport, *, training: bool) -> None:
-        """Makes new ties equal, and sets gradients aside that were there before the step."""
+        """Makes new ties equal, and puts gradients away that were there before the step and count elsewhere."""
         fresh = [number for number, tie in enumerate(self._ties) if not tie.equal]
         if fresh:
             self._exchange(transport, fresh, _VALUES, _value, _take_value)
@@ -80,18 +102,27 @@ class TiedParameters:
             return
         for number, tie in enumerate(self._ties):
             parameter = tie.parameter()
-            if parameter is not None and parameter.grad is not None:
+            if parameter is not None and parameter.grad is not None and tie.ranks[0] != self._rank:
                 self._before[number], parameter.grad = parameter.grad, None
 
     def end_step(self, transport: Transport) -> None:
-        """Sums the gradients of this step over the holders, and adds back what was set aside."""
+        """Sums the gradients over the holders; one that was put away takes the sum, it may be a view of the user's."""
         if not self._training:
             return
         self._exchange(transport, list(range(len(self._ties))), _GRADIENTS, _gradient, _take_sum)
-        self.cancel()
+        for number, before in self._before.items():
+            parameter = self._ties[number].parameter()
+            if parameter is None:
+                continue
+            if parameter.grad is not None:
+                if parameter.grad.layout is not before.layout:
+                    continue
+                before.copy_(parameter.grad)
+            parameter.grad = before
+        self._before = {}
 
     def cancel(self) -> None:
-        """Adds back what was set aside."""
+        """Adds back what was put away."""
         for number, before in self._before.items():
             parameter = self._ties[number].parameter()
             if parameter is None:
@@ -147,7 +178,6 @@ def _take_sum(parameter: Tensor, found: list[Tensor]) -> None:
         parameter.grad.copy_(total)  # in place: it may be a view into a bucket
 
 
-_holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> the rank on which it counts
 _current: list[tuple[Any, TiedParameters]] = []
 
 
@@ -159,21 +189,17 @@ def ties() -> TiedParameters:
     return _current[0][1]
 
 
-def counted_elsewhere(parameter: Tensor) -> bool:
-    """Whether another stage counts this parameter in norms."""
-    rank: int | None = _holders.get(parameter)  # type: ignore[no-untyped-call]
-    return rank is not None and rank != tpc.get_pp_rank()
-
-
 def tie_parameters(name: str, parameter: nn.Parameter | None) -> None:
     """Says that one parameter lives on several stages. Collective over the pipeline group.
 
-    `partition_uniform` and `partition_balanced` find shared parameters by themselves; this is for models that are cut
-    by hand. From the next step on the copies have one value and get the sum of their gradients.
+    The partition functions find shared parameters by themselves; this is for models that are cut by hand. From the
+    next step on the copies have one value and get the sum of their gradients. Where one rank alone has the parameter,
+    because the stages that share it are chunks of that rank, it is one tensor and nothing needs to be done: the same
+    call is right under every placement.
 
     Args:
         name: The same on every rank.
-        parameter: This stage's copy; None on ranks that do not have it.
+        parameter: This rank's copy, the same tensor for all of its chunks; None on ranks that do not have it.
 
     Raises:
         SplitError: Nobody has it, or the shapes or dtypes differ.
@@ -191,7 +217,7 @@ def tie_parameters(name: str, parameter: nn.Parameter | None) -> None:
         raise SplitError(f"ranks tie different parameters at the same time: {[other for other, _ in everyone]}")
     holders = [rank for rank, (_, kind) in enumerate(everyone) if kind is not None]
     kinds = {kind for _, kind in everyone if kind is not None}
-    if len(holders) < 2 or len(kinds) > 1:
-        raise SplitError(f"{name!r} must be on at least two stages, with one shape and dtype; ranks have {everyone}")
-    if parameter is not None:
-        ties().add(name, holders, parameter)
+    if len(kinds) != 1:
+        raise SplitError(f"{name!r} must be on at least one rank, with one shape and dtype; ranks have {everyone}")
+    if parameter is not None and len(holders) > 1:
+        ties().add(name, holders, parameter, by_hand=True)
