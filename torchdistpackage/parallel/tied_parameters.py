@@ -94,7 +94,9 @@ class TiedParameters:
         """Makes new ties equal, and puts gradients away that were there before the step and count elsewhere."""
         fresh = [number for number, tie in enumerate(self._ties) if not tie.equal]
         if fresh:
-            self._exchange(transport, fresh, _VALUES, _value, _take_value)
+            # Only with the ranks that have the same new ties: the others, with older ones, do not know of any.
+            sharing = {rank for number in fresh for rank in self._ties[number].ranks} - {self._rank}
+            self._exchange(transport, fresh, sharing, _VALUES, _value, _take_value)
             for number in fresh:
                 self._ties[number].equal = True
         self._training = training
@@ -109,7 +111,7 @@ class TiedParameters:
         """Sums the gradients over the holders; one that was put away takes the sum, it may be a view of the user's."""
         if not self._training:
             return
-        self._exchange(transport, list(range(len(self._ties))), _GRADIENTS, _gradient, _take_sum)
+        self._exchange(transport, list(range(len(self._ties))), self._peers, _GRADIENTS, _gradient, _take_sum)
         for number, before in self._before.items():
             parameter = self._ties[number].parameter()
             if parameter is None:
@@ -131,14 +133,16 @@ class TiedParameters:
                 parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
         self._before = {}
 
-    def _exchange(self, transport: Transport, numbers: list[int], what: int, read: Any, take: Any) -> None:
-        """One message to and from each rank that shares anything: {number of the tie: tensor or None}."""
+    def _exchange(
+        self, transport: Transport, numbers: list[int], peers: set[int], what: int, read: Any, take: Any
+    ) -> None:
+        """One message to and from each of the peers: {number of the tie: tensor or None}."""
         mine = {number: read(self._ties[number]) for number in numbers}
-        for peer in sorted(self._peers):
+        for peer in sorted(peers):
             shared = [mine[number] for number in numbers if peer in self._ties[number].ranks]
             transport.outlet(peer).send(Kind.VALUE, self._rank, what, 0, *flatten(shared))
         theirs: dict[tuple[int, int], Tensor | None] = {}
-        for peer in sorted(self._peers):
+        for peer in sorted(peers):
             message = transport.inlet(peer).take(Kind.VALUE, peer, what)
             assert message.layout is not None
             values = iter(message.layout.tree(message.tensors))
