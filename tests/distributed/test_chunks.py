@@ -1,7 +1,8 @@
-"""Several stages a rank over gloo: every schedule, ties, clipping, replicas."""
+"""Several stages a rank over gloo: every schedule, ties, clipping; replicas are in `test_split_data_parallel.py`."""
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from distributed_pipeline import close, make_layers, mse, start
 from torch import nn
 
 from torchdistpackage import (
-    DDP,
     PipelineError,
     ScheduleError,
     SplitError,
@@ -21,17 +21,19 @@ from torchdistpackage import (
     partition_chunks,
     tie_parameters,
     tpc,
+    whole_model_names,
     whole_model_state_dict,
 )
-from torchdistpackage.schedule import describe, names
+from torchdistpackage.parallel.tied_parameters import ties
+from torchdistpackage.schedule import Placement, build, describe, names
 
 
 class Chunks:
     """This rank's stages of a model under a schedule, with what a step and an evaluation need."""
 
-    def __init__(self, layers, schedule, wrap=lambda module: module, **options):
+    def __init__(self, layers, schedule, **options):
         self.schedule = schedule
-        self.stages = {s: wrap(m) for s, m in partition_chunks(layers, schedule, **options).items()}
+        self.stages = partition_chunks(layers, schedule, **options)
         facts = describe(schedule)
         self.placement = facts.place(tpc.get_pp_size(), options.get("chunks") or facts.chunks)
         self.last = self.placement.num_stages - 1
@@ -80,7 +82,11 @@ def every_schedule(rank, world, schedules):
         assert torch.allclose(norm, expected), schedule
         theirs = dict(reference.named_parameters())
         found = {k: v for module in chunks.stages.values() for k, v in whole_model_state_dict(module).items()}
-        assert found.keys() <= theirs.keys()
+        everyone = [None] * world
+        dist.all_gather_object(everyone, list(found))
+        assert sorted(itertools.chain(*everyone)) == sorted(theirs), schedule
+        assert all(torch.equal(value, theirs[name]) for name, value in found.items()), schedule
+        assert found.keys() == set(whole_model_names(nn.ModuleList(chunks.stages.values())).values())
         mine = partition_chunks(list(reference), schedule)
         assert close(chunks.parameters(), itertools.chain.from_iterable(m.parameters() for m in mine.values())), (
             schedule
@@ -103,65 +109,93 @@ class Head(nn.Linear):
         self.weight = first[0].weight
 
 
-def tied(rank, world, schedule):
+def tied(rank, world, schedules):
     start(world)
-    layers = make_layers(2 * world - 1)
-    layers.append(Head(layers[0]).double())
+    counts = []
+    for schedule in schedules:
+        before = len(ties()._ties)
+        layers = make_layers(2 * world - 1)
+        layers.append(Head(layers[0]).double())
+        reference = copy.deepcopy(layers)
+        assert reference[-1].weight is reference[0][0].weight
+        chunks = Chunks(list(layers), schedule)
+        for _ in range(2):
+            x, y = torch.randn(7, 6).double(), torch.randn(7, 6).double()
+            chunks.step(x, y, 3)
+            mse(reference(x), y).backward()
+        norm = clip_grad_norm_([*chunks.parameters(), *chunks.parameters()], 0.1)
+        assert torch.allclose(norm, torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)), schedule
+        for stage, position in ((0, 0), (chunks.last, -1)):
+            if stage in chunks.stages:
+                found, expected = next(layers[position].parameters()), next(reference[position].parameters())
+                assert torch.allclose(found.grad, expected.grad), schedule
+        counts.append(len(ties()._ties) - before)
+    return counts
+
+
+def test_a_tie_on_one_rank_shares_the_tensor_and_sends_nothing():
+    assert run_distributed(tied, 2, ["zb-v", "hanayo", "dualpipe-v"]) == [[0, 0, 0]] * 2
+
+
+def test_a_tie_over_ranks_is_summed():
+    assert run_distributed(tied, 4, ["interleaved-zb", "zb-h1", "zb-v"]) == [[1, 1, 0], [0] * 3, [0] * 3, [1, 1, 0]]
+
+
+def cut_by_hand(rank, world):
+    """The same lines under any placement: each rank makes its stages, and one copy of what they share."""
+    start(world)
+    for schedule in ("v-half", "interleaved-1f1b"):
+        placement = describe(schedule).place(world, 2)
+        torch.manual_seed(1)
+        reference = make_layers(3)
+        reference.append(Head(reference[0]).double())
+        mine, stages = placement.local_stages(rank), copy.deepcopy(reference)
+        if 0 not in mine:  # another value at first: that of the lowest rank counts
+            stages[3].weight = nn.Parameter(torch.zeros_like(stages[3].weight))
+        tie_parameters("weight", stages[0][0].weight if 0 in mine else stages[3].weight if 3 in mine else None)
+        x, y = torch.randn(5, 6).double(), torch.randn(5, 6).double()
+        last = partial(lambda head, a: mse(head(a[0]), a[1]), stages[3])
+        functions = [last if s == 3 else stages[s] for s in mine]
+        for _ in range(2):
+            forward_backward(None, functions, None, [{0: [x], 3: [y]}.get(s) for s in mine], 3, schedule=schedule)
+            mse(reference(x), y).backward()
+        own = [p for s in mine for p in stages[s].parameters()]
+        assert close(own, [p for s in mine for p in reference[s].parameters()]), schedule
+        assert torch.allclose(clip_grad_norm_(own, 1.0), nn.utils.clip_grad_norm_(reference.parameters(), 1.0))
+    with pytest.raises(SplitError, match="'nothing' must be on at least one rank"):
+        tie_parameters("nothing", None)
+
+
+def test_ties_of_models_that_are_cut_by_hand():
+    run_distributed(cut_by_hand, 2)
+
+
+def cut_again(rank, world):
+    """One model under one placement after the other: a weight on three stages changes the ranks that it is on."""
+    start(world)
+    layers = make_layers(8)
+    layers[4], layers[7] = Head(layers[0]).double(), Head(layers[0]).double()
     reference = copy.deepcopy(layers)
-    assert reference[-1].weight is reference[0][0].weight
-    chunks = Chunks(list(layers), schedule)
-    x, y = torch.randn(7, 6).double(), torch.randn(7, 6).double()
-    for _ in range(2):
+    for schedule, weights in (
+        ("1f1b", [1] * 8),
+        ("1f1b", [9, 1, 1, 9, 1, 1, 9, 1]),
+        ("zb-v", [1] * 8),
+        ("hanayo", [1] * 8),
+    ):
+        for p in [*layers.parameters(), *reference.parameters()]:
+            p.grad = None
+        chunks = Chunks(list(layers), schedule, policy="balanced", weights=weights)
+        x, y = torch.randn(5, 6).double(), torch.randn(5, 6).double()
         chunks.step(x, y, 3)
         mse(reference(x), y).backward()
-    norm = clip_grad_norm_(chunks.parameters(), 10.0)
-    assert torch.allclose(norm, torch.nn.utils.clip_grad_norm_(reference.parameters(), 10.0))
-    if 0 in chunks.stages:
-        assert torch.allclose(layers[0][0].weight.grad, reference[0][0].weight.grad)
-    if chunks.last in chunks.stages:
-        assert torch.allclose(layers[-1].weight.grad, reference[-1].weight.grad)
-    from torchdistpackage.parallel.tied_parameters import ties
-
-    return len(ties()._ties)
+        norm = clip_grad_norm_(chunks.parameters(), 1e9)
+        assert torch.allclose(norm, nn.utils.get_total_norm([p.grad for p in reference.parameters()])), schedule
+        held = [p for p in chunks.parameters() if p is layers[0][0].weight]
+        assert all(torch.allclose(p.grad, reference[0][0].weight.grad) for p in held), schedule
 
 
-@pytest.mark.parametrize("schedule", ["zb-v", "hanayo"])
-def test_a_tie_on_one_rank_shares_the_tensor_and_sends_nothing(schedule):
-    assert run_distributed(tied, 2, schedule) == [0, 0]
-
-
-@pytest.mark.parametrize("schedule", ["interleaved-zb", "zb-h1"])
-def test_a_tie_over_two_ranks_is_summed(schedule):
-    assert run_distributed(tied, 2, schedule) == [1, 1]
-
-
-def replicated(rank, world, schedules, rows):
-    """Two replicas of two ranks: each trains on its half of the batch, the gradient is the whole batch's."""
-    start(2)
-    replica = tpc.get_dp_rank()
-    x, y = torch.randn(2 * rows, 6).double(), torch.randn(2 * rows, 6).double()
-    half = slice(replica * rows, (replica + 1) * rows)
-    for schedule in schedules:
-        for shares in (False, True):
-            layers = make_layers(3)
-            layers.append(Head(layers[0]).double() if shares else make_layers(1)[0])
-            reference = copy.deepcopy(layers)
-            unlike = {"gradient_as_bucket_view": True, "find_unused_parameters": shares}
-            chunks = Chunks(list(layers), schedule, wrap=lambda module, unlike=unlike: DDP(module, **unlike))
-            for _ in range(2):
-                chunks.step(x[half], y[half], 4)
-            mse(reference(x), y).backward()
-            mse(reference(x), y).backward()
-            theirs = dict(reference.named_parameters(remove_duplicate=False))
-            for module in chunks.stages.values():
-                names = {id(p): name for name, p in layers.named_parameters(remove_duplicate=False)}
-                for p in module.parameters():
-                    assert torch.allclose(p.grad, theirs[names[id(p)]].grad), (schedule, shares, names[id(p)])
-
-
-@pytest.mark.parametrize("rows", [5, 1])
-def test_replicas_are_reduced_once(rows):
-    run_distributed(replicated, 4, ["zb-h1", "zb-v", "interleaved-zb", "dualpipe-v"], rows, timeout=120)
+def test_a_model_that_is_cut_again():
+    run_distributed(cut_again, 4)
 
 
 def wrong_use(rank, world):
@@ -176,15 +210,21 @@ def wrong_use(rank, world):
             call()
     with pytest.raises(SplitError, match="unknown policy 'best'"):
         partition_chunks(layers, "zb-v", policy="best")
-    assert list(partition_chunks(layers, "zb-v", policy="balanced", weights=[1, 1, 1, 1])) == [[0, 3], [1, 2]][rank]
-    assert list(partition_chunks(layers, "zb-v", policy="balanced", costs="parameters")) == [[0, 3], [1, 2]][rank]
+    with pytest.raises(SplitError, match="policy 'uniform' takes extra_len, not weights"):
+        partition_chunks(layers, "zb-v", weights=[1, 1, 1, 1])
+    with pytest.raises(SplitError, match="pass one of them"):
+        partition_chunks(layers, "zb-v", policy="balanced", weights=[1, 1, 1, 1], costs="time")
+    own = [[0, 3], [1, 2]][rank]
+    for given in (build("zb-v", 2, 4), Placement(2, (0, 1, 1, 0)), "auto-v"):
+        assert list(partition_chunks(layers, given)) == own
+    for options in ({"weights": [1, 1, 1, 1]}, {"costs": "parameters"}):
+        assert list(partition_chunks(layers, "zb-v", policy="balanced", **options)) == own
+    assert list(partition_chunks(layers, "1f1b")) == [rank]
     chunks = Chunks(layers, "zb-v")
     with pytest.raises(PipelineError, match=r"gives rank \d 2 stage\(s\).*fwd_fn must be a list of 2|rank \d of the"):
         forward_backward(None, chunks.stages[rank], None, None, 2, schedule="zb-v")
     dist.barrier()
     assert chunks.step(torch.randn(4, 6).double(), torch.randn(4, 6).double(), 2).isfinite()
-    shared = nn.Parameter(torch.ones(2))
-    tie_parameters("by hand", shared)
 
 
 def test_wrong_use():

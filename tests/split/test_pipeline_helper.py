@@ -16,6 +16,7 @@ from torchdistpackage.parallel.pipeline_helper import (
     flat_and_partition,
     flatten_model,
     partition_balanced,
+    partition_chunks,
     partition_uniform,
 )
 from torchdistpackage.split.names import whole_model_names
@@ -68,6 +69,25 @@ def test_every_rank_keeps_its_own_stage_and_all_cut_alike() -> None:
     assert weighted == (2, 3, 1)
     assert sum(timed) == 6
     assert timed[0] == 1
+
+
+def replicas_cut(rank: int, world_size: int) -> tuple[int, dict[int, int]]:
+    """Every rank would find another layer slow; the stages of replicas must fit together."""
+    dist.init_process_group("gloo")
+    tpc.setup_process_groups([("data", 2), ("pipe", world_size // 2)])
+    row = [lambda x, seconds=0.1 * (index == 2 * rank): (time.sleep(seconds), x)[1] for index in range(8)]
+    example: dict[str, Any] = {"costs": "time", "example_input": torch.zeros(1)}
+    chunks = partition_chunks(row, "interleaved-1f1b", 2, policy="balanced", **example)
+    return len(partition_balanced(row, **example)), {index: len(stage) for index, stage in chunks.items()}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_replicas_cut_alike_whatever_each_measures(world: int) -> None:
+    cuts = run_distributed(replicas_cut, world)
+    first, second = cuts[: world // 2], cuts[world // 2 :]
+    assert first == second
+    assert sum(size for _, chunks in first for size in chunks.values()) == 8
+    assert first[0][1][0] == 1  # the layer that the very first rank finds slow
 
 
 def names_of_the_example(rank: int, world_size: int) -> list[str]:
