@@ -12,7 +12,7 @@ from distributed_pipeline import make_layers, mse, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torchdistpackage import DDP, forward_backward, partition_chunks, tpc
+from torchdistpackage import DDP, PipelineError, forward_backward, partition_chunks, tpc
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.schedule import describe
 
@@ -221,3 +221,35 @@ def unsplit(rank, world):
 
 def test_a_backward_that_ran_whole_is_reduced_with_its_weights():
     run_distributed(unsplit, 4)
+
+
+class Fails(nn.Module):
+    """Raises once, in the second forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 2:
+            raise ArithmeticError("once")
+        return x
+
+
+def after_a_failure(rank, world):
+    start(2)
+    for schedule in SPLIT:
+        layers = tied(make_layers())
+        replica = Replica(layers, schedule, {"gradient_as_bucket_view": True})
+        replica.step()
+        layers[2].append(Fails())
+        with pytest.raises((ArithmeticError, PipelineError), match="once"):
+            replica.step()
+        replica.zero_grad()
+        replica.step()
+        replica.check()
+
+
+def test_the_step_after_one_that_failed():
+    run_distributed(after_a_failure, 4)
