@@ -257,6 +257,30 @@ def test_weights_come_with_w_and_not_before():
     assert sorted(seen[2:]) == ["bias", "bias", "weight", "weight"]
 
 
+def test_what_nothing_used_gets_no_gradient():
+    class DropsOne(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            return a.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient, None
+
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return DropsOne.apply(self.a(x), self.b(x))
+
+    stages = nn.Sequential(nn.Linear(WIDTH, WIDTH), Stage())
+    counted(SPLIT, stages)
+    assert stages[1].b.weight.grad is None
+    assert stages[1].a.weight.grad is not None
+
+
 def test_a_custom_backward_runs_whole():
     a, b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
     seen = []

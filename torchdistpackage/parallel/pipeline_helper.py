@@ -7,6 +7,7 @@ communicated.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -110,7 +111,7 @@ def partition_balanced(
 
 def partition_chunks(
     flat_sequence: Layers,
-    schedule: str | Plan | Placement,
+    schedule: str | Plan | Placement | os.PathLike[str],
     chunks: int | None = None,
     *,
     policy: str = "uniform",
@@ -124,7 +125,8 @@ def partition_chunks(
 
     Args:
         flat_sequence: All layers, a list or an `nn.Sequential`.
-        schedule: Says which rank owns which stage: a schedule's name, `"auto"`, `"auto-v"`, a Plan or a Placement.
+        schedule: Says which rank owns which stage: a schedule's name, `"auto"`, `"auto-v"`, a Plan, the path
+            of a CSV file with one, or a Placement.
         chunks: Stages a rank, where a name leaves the choice.
         policy: "uniform" or "balanced".
         options: `extra_len` of `partition_uniform`; `weights`, `costs` and `example_input` of `partition_balanced`.

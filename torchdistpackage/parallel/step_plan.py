@@ -60,28 +60,31 @@ def is_auto(schedule: Any) -> bool:
     return isinstance(schedule, str) and schedule.lower() in _AUTO
 
 
-def placement_of(schedule: str | Plan | Placement, num_ranks: int, chunks: int | None = None) -> Placement:
+def placement_of(
+    schedule: str | Plan | Placement | os.PathLike[str], num_ranks: int, chunks: int | None = None
+) -> Placement:
     """Which rank owns which stage under a schedule.
 
     Args:
-        schedule: A name of the catalogue, `"auto"`, `"auto-v"`, a Plan or a Placement.
+        schedule: A name of the catalogue, `"auto"`, `"auto-v"`, a Plan, the path of a CSV file with one, a Placement.
         num_ranks: Ranks of the pipeline.
         chunks: Stages a rank, where a name leaves the choice.
 
     Raises:
         ScheduleError: Unknown, made for other ranks, or not for that many chunks.
     """
-    if isinstance(schedule, str):
-        if is_auto(schedule):
-            where = _AUTO[schedule.lower()]
+    given: Any = _loaded(schedule)
+    if isinstance(given, str):
+        if is_auto(given):
+            where = _AUTO[given.lower()]
             return Placement.v(num_ranks, chunks or 2) if where == "v" else Placement.loop(num_ranks, chunks or 1)
-        facts = describe(schedule)
+        facts = describe(given)
         if not facts.runs(chunks or facts.chunks):
             raise ScheduleError(
                 f"schedule {facts.name!r} does not run {chunks} stages a rank; its own are {facts.chunks}"
             )
         return facts.place(num_ranks, chunks or facts.chunks)
-    placement = schedule.placement if isinstance(schedule, Plan) else schedule
+    placement = given.placement if isinstance(given, Plan) else given
     if placement.num_ranks != num_ranks:
         raise ScheduleError(f"the placement is for {placement.num_ranks} ranks; this pipeline has {num_ranks}")
     return placement
@@ -108,19 +111,25 @@ def resolve_plan(
     Raises:
         ScheduleError: Unknown, wrong, or made for other sizes.
     """
-    if isinstance(schedule, os.PathLike) or (isinstance(schedule, str) and schedule.lower().endswith(".csv")):
-        schedule = _read(str(schedule), _changed(schedule))
-    if not isinstance(schedule, Plan):
-        return build(schedule, num_ranks, num_microbatches, forward_only=forward_only, chunks=chunks)
-    found = (schedule.placement.num_ranks, schedule.num_microbatches)
+    given: Any = _loaded(schedule)
+    if not isinstance(given, Plan):
+        return build(given, num_ranks, num_microbatches, forward_only=forward_only, chunks=chunks)
+    found = (given.placement.num_ranks, given.num_microbatches)
     if found != (num_ranks, num_microbatches):
         raise ScheduleError(
-            f"plan {schedule.name!r} is made for {found[0]} ranks and {found[1]} micro-batches; this pipeline has "
+            f"plan {given.name!r} is made for {found[0]} ranks and {found[1]} micro-batches; this pipeline has "
             f"{num_ranks} and num_microbatches is {num_microbatches}"
         )
-    if schedule.forward_only and not forward_only:
-        raise ScheduleError(f"plan {schedule.name!r} has no backward; pass forward_only=True, or a training plan")
-    return _complete(schedule, forward_only)
+    if given.forward_only and not forward_only:
+        raise ScheduleError(f"plan {given.name!r} has no backward; pass forward_only=True, or a training plan")
+    return _complete(given, forward_only)
+
+
+def _loaded(schedule: Any) -> Any:
+    """The plan that a path stands for; anything else as it is."""
+    if isinstance(schedule, os.PathLike) or (isinstance(schedule, str) and schedule.lower().endswith(".csv")):
+        return _read(str(schedule), _changed(schedule))
+    return schedule
 
 
 @lru_cache(maxsize=64)

@@ -126,6 +126,7 @@ class Executor:
             Op.REDUCE_GRAD: self._reduce,
         }
         self._steps = [(handlers[at.op], at) for at in self._program.instructions]
+        self._splits = any(at.op is Op.INPUT_GRAD for at in self._program.instructions)
         self._recorder: Recorder | None = None
         self._told = False
 
@@ -281,8 +282,9 @@ class Executor:
                 [],
             )  # what a stage got is its own: nothing is held longer than its graph holds it
             with nullcontext() if self._recorder is None else self._recorder.forward(at.stage, own):
-                # Several chunks may share parameters, which are complete only after the last chunk.
-                only = self._filled == 1 and len(self._stages) == 1
+                # Several chunks may share parameters, which are complete only after the last chunk; and the halves of
+                # a backward may leave out parameters that a whole one would have reported.
+                only = self._filled == 1 and len(self._stages) == 1 and not self._splits
                 output = stage.forward(i, message, own, only=only)
             if stage.is_last:
                 self._outputs[i] = output if self.plan.forward_only else _detached(output)
@@ -301,10 +303,8 @@ class Executor:
         result: Output | None = None
         if i < self._filled:
             weight = self._weight(self._sizes[i])
-            if at.op is Op.BACKWARD:
-                found = stage.backward(i, gradients, weight, last=i == self._last_backward[at.stage])
-            else:
-                found = stage.backward_input(i, gradients, weight)
+            run = stage.backward if at.op is Op.BACKWARD else stage.backward_input
+            found = run(i, gradients, weight, last=i == self._last_backward[at.stage])
             result = Output(*wire.flatten(found[0] if len(found) == 1 else found))
         if at.stage > 0:
             self._pass_on(at, Kind.BACKWARD, result, at.stage - 1)

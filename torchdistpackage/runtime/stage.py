@@ -186,14 +186,16 @@ class Stage:
         return self._input_gradients(saved.leaves)
 
     def backward_input(
-        self, microbatch: int, gradients: list[Tensor | None] | None, weight: float
+        self, microbatch: int, gradients: list[Tensor | None] | None, weight: float, *, last: bool
     ) -> list[Tensor | None]:
         """Runs the half of the backward that other stages wait for; arguments, result and errors as of `backward`.
 
-        Where the halves cannot be told apart the whole backward runs, and `unsplit` says why.
+        Where the halves cannot be told apart the whole backward runs, and `unsplit` says why. `last` says whether the
+        other half of this micro-batch is the stage's last backward of the step.
         """
         saved = self._saved.pop(microbatch)
-        output = saved.output if self._watched else None  # only a reducer still looks at it
+        # Only a reducer still looks at it, and only at the last one: it holds what the end of the stage has saved.
+        output = saved.output if self._watched and last else None
         if self._backward_fn is not None:
             reason: str | None = "a bwd_fn was given, which does what it does at once"
             self._run_whole(saved, gradients, weight)
@@ -216,7 +218,7 @@ class Stage:
         """
         waiting = self._waiting.pop(microbatch)
         if last:
-            reached = frozenset(id(parameter) for node in waiting.put_off for parameter in node.parameters)
+            reached = frozenset(id(p) for node in waiting.put_off if node.is_reached for p in node.parameters)
             self._arm(waiting.output, None if waiting.roots is not None else reached)
         if waiting.roots is not None:
             run_backward(waiting.roots)

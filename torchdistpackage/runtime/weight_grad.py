@@ -84,10 +84,16 @@ class PutOff:
             return None
         return self.gradients
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether a gradient came by: not if nothing after the node used what it made."""
+        return self.gradients is not None and self.gradients[0] is not None
+
     def run(self) -> None:
         """Computes and accumulates the weight gradients. The node's memory is free afterwards."""
         if self.gradients is None or self.gradients[0] is None:
-            return  # I did not come by here: the next stage did not use what this node made
+            del self.node
+            return
         run_backward(Roots((GradientEdge(self.node, 0),), (self.gradients[0],)), inputs=tuple(self.parameters))
         del self.node  # it holds this hook: the circle would keep the graph until the garbage collector comes
 
