@@ -76,7 +76,7 @@ def current_state() -> PipelineState:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         transport: Transport = loopback(1, device=device)[0]
         if control is not None:
-            transport = DistributedTransport(control, tpc.get_edge_groups(), device=device)
+            transport = DistributedTransport(control, tpc.get_edge_groups(), device=device, switchboard=tpc.get_door())
         _kept[:] = [PipelineState(group, control, transport)]
     return _kept[0]
 

@@ -21,7 +21,8 @@ from __future__ import annotations
 import json
 import zlib
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,16 +35,36 @@ from torchdistpackage.runtime.message import ALIGNMENT, Frame, Header, Kind, Lay
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
-    from torchdistpackage.runtime.transport import Handle, Mover, Transport
+    from torchdistpackage.runtime.transport import Transport
 
-__all__ = ["Inlet", "Outlet"]
+__all__ = ["COPIED", "Handle", "Inlet", "Mover", "Outlet"]
 
 MIN_SLOT = 4096  # bytes; has room for a failure report
 MAX_LAYOUTS = 1024  # then numbers start again: a new sequence length every batch must not grow a table for ever
 MAX_DESCRIPTION = 1 << 24
 MAX_FRAME = 1 << 40
+_BROKEN = (RuntimeError, OSError)  # what torch.distributed and what sockets raise when the other end is gone
 
 Key = tuple[int, int, int]  # kind, the sender's stage, micro-batch
+
+
+class Handle(Protocol):
+    """A send or receive under way."""
+
+    def wait(self) -> object:
+        """Blocks until the buffer may be read (receive) or written (send)."""
+
+
+Mover = Callable[[Tensor], Handle]
+
+
+class _Copied:
+    def wait(self) -> None:
+        return
+
+
+COPIED = _Copied()
+"""The handle of a send that needs its buffer no more."""
 
 
 class _Known:
@@ -132,7 +153,11 @@ class Outlet:
         frame = known.spare.pop() if known.spare else self._new_frame(known.layout)
         frame.pack(leaves)
         wire.write_header(frame.memory, (kind, 0, self._signature, stage, microbatch, rows, known.number, 0, length))
-        self._under_way[kind, stage, microbatch] = _Sent([self._start(self._slots, frame.buffer)], [], frame, known)
+        handle = self._start(self._slots, frame.buffer)
+        if handle is COPIED:
+            known.spare.append(frame)
+        else:
+            self._under_way[kind, stage, microbatch] = _Sent([handle], [], frame, known)
 
     def send_empty(self, kind: Kind, stage: int, microbatch: int, rows: int) -> None:
         """Sends a header alone: an empty micro-batch, or a token."""
@@ -193,6 +218,8 @@ class Outlet:
         device = transport.device if layout.is_cuda and transport.carries_cuda() else "cpu"
         length = ALIGNMENT + size * wire.share_bytes(layout, size)
         with torch.inference_mode(False):  # a frame first used under inference mode is used again in training
+            if device == "cpu":
+                return Frame(layout, transport.allocate(self._receiver, length))
             return Frame(layout, torch.empty(length, dtype=torch.uint8, device=device))
 
     def _send_unusual(self, known: _Known, key: Key, rows: int, leaves: list[Tensor]) -> None:
@@ -246,7 +273,7 @@ class Outlet:
     def _start(self, stream: Mover, buffer: Tensor) -> Handle:
         try:
             return stream(buffer)
-        except RuntimeError as error:
+        except _BROKEN as error:
             raise ConnectionLost(self._receiver, "sending to") from error
 
 
@@ -277,7 +304,7 @@ class Inlet:
         buffer = torch.empty(self._slot, dtype=torch.uint8)
         try:
             self._posted.append((buffer, self._slots(buffer)))
-        except RuntimeError as error:
+        except _BROKEN as error:
             raise ConnectionLost(self._sender, "receiving from") from error
 
     def take(self, kind: Kind, stage: int, microbatch: int) -> Message:
@@ -308,7 +335,7 @@ class Inlet:
                 buffer = torch.empty(self._slot, dtype=torch.uint8)
                 handle = self._slots(buffer)
             handle.wait()
-        except RuntimeError as error:
+        except _BROKEN as error:
             raise ConnectionLost(self._sender, "receiving from") from error
         header = wire.read_header(buffer.numpy())
         kind, flags, signature, stage, microbatch, rows, number, description_bytes, length = header
@@ -372,7 +399,7 @@ class Inlet:
         buffer = torch.empty(length, dtype=torch.uint8, device=device)
         try:
             self._bulk(buffer).wait()
-        except RuntimeError as error:
+        except _BROKEN as error:
             raise ConnectionLost(self._sender, "receiving from") from error
         return buffer
 

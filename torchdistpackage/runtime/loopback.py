@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from torchdistpackage.errors import TransportError
+from torchdistpackage.runtime.edge import COPIED, Handle, Mover
 from torchdistpackage.runtime.failure import FailureReport
-from torchdistpackage.runtime.transport import Handle, Mover, Transport
+from torchdistpackage.runtime.transport import Transport
 
 __all__ = ["LoopbackTransport", "loopback"]
 
@@ -34,13 +35,6 @@ class _Hub:
         return self._streams.setdefault(key, queue.SimpleQueue())
 
 
-class _Done:
-    """A send in one process is over when it returns."""
-
-    def wait(self) -> None:
-        return
-
-
 class _Pending:
     """A posted receive."""
 
@@ -57,9 +51,6 @@ class _Pending:
         self._buffer[: data.numel()].copy_(data)
 
 
-_DONE = _Done()
-
-
 @final
 class LoopbackTransport(Transport):
     """One rank's view of a loopback pipeline; made by `loopback`."""
@@ -74,7 +65,7 @@ class LoopbackTransport(Transport):
 
         def send(buffer: Tensor) -> Handle:
             stream.put(buffer.clone())
-            return _DONE
+            return COPIED
 
         return send
 

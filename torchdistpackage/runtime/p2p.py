@@ -1,10 +1,11 @@
-"""Frames over torch.distributed.
+"""Frames over torch.distributed, and between ranks of one machine over `link.py`.
 
 ::
 
-    CPU tensors             | gloo: header and tensors in one message
+                            | same machine                       | another machine
+    CPU tensors             | link: header and tensors together  | gloo: header and tensors in one message
     CUDA tensors, gloo      | the same, staged through host memory
-    CUDA tensors, NCCL      | header over gloo (the host must read it), tensors over the NCCL communicator of the edge
+    CUDA tensors, NCCL      | header over the link or gloo (the host must read it), tensors over the edge's communicator
 
 One NCCL communicator is one FIFO, on which opposite directions block each other, so every directed edge between two
 ranks has its own. torch makes one communicator for each pair of ranks in a group, so two groups of the same ranks are
@@ -20,17 +21,26 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import socket
+import struct
 import threading
 import time
 import weakref
-from typing import Any, final
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
-from torchdistpackage.runtime.failure import FailureReport
-from torchdistpackage.runtime.transport import Mover, Transport
+from torchdistpackage.errors import TransportError
+from torchdistpackage.runtime import message as wire
+from torchdistpackage.runtime.edge import Mover
+from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
+from torchdistpackage.runtime.link import ReceivingLink, SendingLink
+from torchdistpackage.runtime.transport import TensorShard, Transport
 
 __all__ = ["DistributedTransport", "TensorGroupShard"]
 
@@ -39,6 +49,19 @@ _EPOCHS = 1 << 20
 _PATIENCE = 3.0  # seconds that a rank with a broken connection waits for the other's report
 
 _instances: dict[tuple[int, ...], int] = {}
+
+
+class Switchboard(Protocol):
+    """Connects the ranks of one machine; see `topology/same_host.py`."""
+
+    def reaches(self, rank: int) -> bool:
+        """Whether that rank is on this machine."""
+
+    def call(self, rank: int, epoch: int) -> socket.socket:
+        """The sending end of a new connection to it."""
+
+    def answer(self, rank: int, epoch: int, check: Callable[[], None]) -> socket.socket:
+        """The receiving end of the connection that it makes."""
 
 
 @final
@@ -50,6 +73,7 @@ class DistributedTransport(Transport):
         edges: Two more groups of the same ranks that carry CUDA tensors (NCCL): for edges to a higher rank, and to a
             lower rank. None: CUDA tensors are staged through the host.
         device: Where received CUDA tensors are put.
+        switchboard: Connects ranks of this machine; None: all messages between hosts' memories are gloo's.
     """
 
     def __init__(
@@ -58,31 +82,71 @@ class DistributedTransport(Transport):
         edges: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         *,
         device: torch.device,
+        switchboard: Switchboard | None = None,
     ) -> None:
         super().__init__(control.rank(), control.size(), global_rank=dist.get_rank(), device=device)
         self._control, self._edges = control, edges
         ranks = tuple(dist.get_process_group_ranks(control))
         number = _instances[ranks] = _instances.get(ranks, 0) + 1
         self._store_prefix = f"torchdistpackage/{'-'.join(map(str, ranks))}/{number}"
+        self._timeout = _timeout_of(control)
+        self._switchboard = switchboard
+        self._sending: dict[int, SendingLink] = {}
+        self._receiving: dict[int, ReceivingLink] = {}
+        self._ended: list[ReceivingLink] = []
         if edges is not None:
             self._connect()
         atexit.register(_let_sends_finish, weakref.ref(self))
 
+    def begin_step(
+        self,
+        signature: str,
+        *,
+        training: bool,
+        wire_dtype: torch.dtype | None = None,
+        shard: TensorShard | None = None,
+    ) -> None:
+        """Says what this rank is about to do."""
+        super().begin_step(signature, training=training, wire_dtype=wire_dtype, shard=shard)
+        for link in self._sending.values():
+            link.begin_step()
+
     def sender(self, receiver: int, *, bulk: bool = False) -> Mover:
         """Starts sends to a rank; CUDA buffers go over NCCL."""
-        send, tag = self._control.send, self._tag(bulk)
+        host = self._host_sender(receiver, bulk)
         if not bulk or self._edges is None:
-            return lambda buffer: send([buffer], receiver, tag)
+            return host
         edge = self._edge(self.rank, receiver)
-        return lambda buffer: edge.send([buffer], receiver, 0) if buffer.is_cuda else send([buffer], receiver, tag)
+        return lambda buffer: edge.send([buffer], receiver, 0) if buffer.is_cuda else host(buffer)
 
     def receiver(self, sender: int, *, bulk: bool = False) -> Mover:
         """Starts receives from a rank; CUDA buffers come over NCCL."""
-        receive, tag = self._control.recv, self._tag(bulk)
+        host = self._host_receiver(sender, bulk)
         if not bulk or self._edges is None:
-            return lambda buffer: receive([buffer], sender, tag)
+            return host
         edge = self._edge(sender, self.rank)
-        return lambda buffer: edge.recv([buffer], sender, 0) if buffer.is_cuda else receive([buffer], sender, tag)
+        return lambda buffer: edge.recv([buffer], sender, 0) if buffer.is_cuda else host(buffer)
+
+    def allocate(self, receiver: int, length: int) -> Tensor:
+        """Shared memory, for a rank of this machine."""
+        link = self._sending.get(receiver)
+        return super().allocate(receiver, length) if link is None else link.allocate(length)
+
+    def recycle(self, receiver: int, buffer: Tensor) -> None:
+        """Shared memory is used again."""
+        link = self._sending.get(receiver)
+        if link is not None:
+            link.recycle(buffer)
+
+    def abort(self, report: FailureReport) -> None:
+        """Tells every neighbour and starts a new epoch, with new links."""
+        super().abort(report)
+        for sending in self._sending.values():
+            sending.close()  # what was sent, the report last, can still be read
+        for receiving in self._ended:
+            receiving.close()
+        self._ended = list(self._receiving.values())  # senders that do not know yet may go on for a moment
+        self._sending, self._receiving = {}, {}
 
     def carries_cuda(self) -> bool:
         """True on NCCL."""
@@ -96,17 +160,67 @@ class DistributedTransport(Transport):
             return  # the store is gone with its host: the frames carry the report as well
 
     def find_report(self) -> FailureReport | None:
-        """Looks into the store, for a few seconds: the rank that failed writes there before it leaves."""
+        """Looks for a few seconds: the rank that failed has told its neighbours and the store before it leaves."""
         deadline = time.monotonic() + _PATIENCE
-        try:
-            store = self._store()
-            while time.monotonic() < deadline:
-                if store.check([self._report_key()]):
-                    return FailureReport.from_bytes(store.get(self._report_key()))
-                time.sleep(0.02)
-        except (RuntimeError, ValueError):
-            return None
+        while time.monotonic() < deadline:
+            for link in self._receiving.values():
+                for data in link.waiting():
+                    report = _report_in(data)
+                    if report is not None:
+                        return report
+            with contextlib.suppress(RuntimeError, ValueError):  # the store is gone with its host
+                report = self._published()
+                if report is not None:
+                    return report
+            time.sleep(0.02)
         return None
+
+    def _published(self) -> FailureReport | None:
+        store, key = self._store(), self._report_key()
+        return FailureReport.from_bytes(store.get(key)) if store.check([key]) else None
+
+    def _host_sender(self, receiver: int, bulk: bool) -> Mover:
+        board = self._switchboard
+        if board is None or not board.reaches(receiver):
+            send, tag = self._control.send, self._tag(bulk)
+            return lambda buffer: send([buffer], receiver, tag)
+        if receiver not in self._sending:
+            try:
+                self._sending[receiver] = SendingLink(board.call(receiver, self.epoch))
+            except OSError as error:
+                raise ConnectionLost(receiver, "calling") from error
+        return self._sending[receiver]
+
+    def _host_receiver(self, sender: int, bulk: bool) -> Mover:
+        board = self._switchboard
+        if board is None or not board.reaches(sender):
+            receive, tag = self._control.recv, self._tag(bulk)
+            return lambda buffer: receive([buffer], sender, tag)
+        if sender not in self._receiving:
+            deadline = time.monotonic() + self._timeout.total_seconds()
+            try:
+                end = board.answer(sender, self.epoch, lambda: self._look_around(sender, deadline))
+            except OSError as error:
+                raise ConnectionLost(sender, "waiting for a call of") from error
+            self._receiving[sender] = ReceivingLink(end)
+        return self._receiving[sender]
+
+    def _look_around(self, peer: int, deadline: float) -> None:
+        """Asked while a rank waits for another one's first message.
+
+        Raises:
+            RemoteFailure: A rank has failed before it got as far as that.
+            TransportError: It did not come within the group's time-out.
+        """
+        with contextlib.suppress(RuntimeError):  # the store is gone with its host, which need not be that rank
+            report = self._published()
+            if report is not None:
+                raise RemoteFailure(report)
+        if time.monotonic() > deadline:
+            raise TransportError(
+                f"rank {peer} of the pipeline did not take part within {self._timeout.total_seconds():g} s, the "
+                "process group's time-out: does every rank call forward_backward?"
+            )
 
     def _tag(self, bulk: bool) -> int:
         return _TAG_BASE + 2 * (self.epoch % _EPOCHS) + bulk
@@ -133,9 +247,27 @@ class DistributedTransport(Transport):
                     end(hello).wait()
 
 
+def _timeout_of(group: dist.ProcessGroup) -> timedelta:
+    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+    found: timedelta = getattr(options, "_timeout", default_pg_timeout)
+    return found
+
+
+def _report_in(data: bytes) -> FailureReport | None:
+    try:
+        header = wire.read_header(data)
+    except (TransportError, struct.error):
+        return None
+    if header.kind != wire.Kind.FAILURE:
+        return None
+    return FailureReport.from_bytes(data[wire.ALIGNMENT : wire.ALIGNMENT + header.payload_bytes])
+
+
 def _let_sends_finish(reference: weakref.ref[DistributedTransport]) -> None:
     """At the end of the process: the last messages of the last step may still wait for a slower rank to take them."""
     transport = reference()
+    for link in [] if transport is None else transport._sending.values():
+        link.finish(_PATIENCE)
     handles = [] if transport is None else [h for o in transport._outlets.values() for h in o.outstanding()]
 
     def wait() -> None:

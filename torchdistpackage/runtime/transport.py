@@ -10,27 +10,16 @@ Neighbours: `p2p.py` (torch.distributed) and `loopback.py` (all ranks as threads
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-from torchdistpackage.runtime.edge import Inlet, Outlet
+from torchdistpackage.runtime.edge import Handle, Inlet, Mover, Outlet
 from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
 from torchdistpackage.runtime.message import Kind
 
 __all__ = ["Handle", "Mover", "TensorShard", "Transport"]
-
-
-class Handle(Protocol):
-    """A send or receive under way."""
-
-    def wait(self) -> object:
-        """Blocks until the buffer may be read (receive) or written (send)."""
-
-
-Mover = Callable[[Tensor], Handle]
 
 
 class TensorShard(Protocol):
@@ -86,6 +75,14 @@ class Transport(ABC):
     @abstractmethod
     def carries_cuda(self) -> bool:
         """Whether bulk buffers may live on a CUDA device (NCCL); otherwise CUDA tensors are staged through the host."""
+
+    def allocate(self, receiver: int, length: int) -> Tensor:
+        """Host memory for a frame to that rank: a place from which its stream can take it with the fewest copies."""
+        return torch.empty(length, dtype=torch.uint8)
+
+    def recycle(self, receiver: int, buffer: Tensor) -> None:
+        """Takes a frame's memory back: no message of its layout has been sent for a while."""
+        return
 
     @abstractmethod
     def publish(self, report: FailureReport) -> None:
@@ -183,8 +180,8 @@ class Transport(ABC):
         """Tells every neighbour, forgets all edges, and starts a new epoch, in which the next step is clean."""
         neighbours = {(self.rank - 1) % self.num_ranks, (self.rank + 1) % self.num_ranks} - {self.rank}
         for peer in neighbours | self._outlets.keys() | self._inlets.keys():
-            outlet = self.outlet(peer)
             try:
+                outlet = self.outlet(peer)
                 outlet.send_failure(report)
             except RuntimeError:
                 continue  # that rank is gone: whoever still waits for it has been told by its closed connection

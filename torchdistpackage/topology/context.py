@@ -30,15 +30,15 @@ from torchdistpackage.topology.process_groups import (
     control_group,
     create_groups,
     destroy_groups,
+    edge_groups,
     initialised_world,
     moves_cpu_tensors,
     setup_node_groups,
 )
-from torchdistpackage.topology.rank_table import ALIASES, STANDARD_MODES, RankTable, rank_table
+from torchdistpackage.topology.rank_table import STANDARD_MODES, RankTable, mesh_config, rank_table
+from torchdistpackage.topology.same_host import Door, open_door
 
 __all__ = ["ParallelContext", "is_using_pp", "torch_parallel_context", "tpc"]
-
-_SET_UP_FIRST = "call setup_distributed() and then tpc.setup_process_groups([...]) first"
 
 
 @dataclass
@@ -53,14 +53,15 @@ class _State:
     owned: list[dist.ProcessGroup]
     control_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     mesh: DeviceMesh | None = None
+    door: Door | None = None
 
 
 class ParallelContext:
     """The groups of this rank. Use the instance `tpc`; another instance holds another, independent topology.
 
     Modes are the configured dims, "model" (all ranks with the same data index, made if there is a "tensor" or "pipe"
-    dim), "moe_dp" and "moe_ep" after `build_moe_groups`, and "global". Ranks in answers are global ranks, except
-    that `get_group_rank` and the `get_*_rank` accessors answer the index in the group.
+    dim), "moe_dp" and "moe_ep" after `build_moe_groups`, and "global". Ranks in answers are global ranks, but
+    `get_group_rank` and the `get_*_rank` accessors answer the index in the group.
 
     Example:
         >>> tpc.setup_process_groups([("pipe", 2)])  # doctest: +SKIP
@@ -79,6 +80,7 @@ class ParallelContext:
         *,
         timeout: timedelta | float | None = None,
         custom_dims: Collection[str] = (),
+        same_host: bool = True,
     ) -> None:
         """Create this rank's groups. Every rank calls it with the same configuration; a former set-up is replaced.
 
@@ -87,6 +89,7 @@ class ParallelContext:
                 the last dim gets neighbouring ranks.
             timeout: of the operations in the new groups, also as seconds; None for torch's default of the backend.
             custom_dims: names besides the standard ones that `config` may use.
+            same_host: pipeline messages between ranks of one machine go past the network; False sends all over gloo.
 
         Example:
             >>> tpc.setup_process_groups([("data", 4), ("pipe", 2), ("tensor", 2)])  # doctest: +SKIP
@@ -100,7 +103,7 @@ class ParallelContext:
         self.reset()
         modes = [mode for mode in table.modes if mode != "global"]
         groups = create_groups({mode: (table, mode) for mode in modes}, timeout=timeout)
-        self._adopt(table, world, timeout, groups, owned=list(groups.values()))
+        self._adopt(table, world, timeout, groups, list(groups.values()), same_host)
 
     def setup_from_mesh(self, mesh: DeviceMesh, *, timeout: timedelta | float | None = None) -> None:
         """Use the groups of an existing device mesh over the whole world; a former set-up is replaced.
@@ -119,21 +122,14 @@ class ParallelContext:
         if state is not None and state.mesh is mesh:
             return  # it is this context's own mesh, whose groups a reset would destroy
         names = tuple(mesh.mesh_dim_names or ())
-        if not names:
-            raise TopologyError('the device mesh has no dim names; make it with mesh_dim_names=("data", "pipe"), say')
-        if mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())):
-            raise TopologyError(
-                f"the device mesh must hold the ranks 0 to {dist.get_world_size() - 1} in order, "
-                f"got {mesh.mesh.tolist()}; pass the whole mesh, not a part of it"
-            )
-        dims = [ALIASES.get(name, name) for name in names]
-        config = list(zip(dims, mesh.mesh.shape, strict=True))
+        config = mesh_config(names, mesh.mesh.shape, mesh.mesh.flatten().tolist(), dist.get_world_size())
+        dims = [dim for dim, _ in config]
         table = rank_table(dist.get_world_size(), config, custom_dims=dims)
         self.reset()
         extra = set(table.modes) - set(dims)
         made = create_groups({"model": (table, "model")}, timeout=timeout) if "model" in extra else {}
         groups = {dim: mesh.get_group(name) for dim, name in zip(dims, names, strict=True)} | made
-        self._adopt(table, world, timeout, groups, owned=list(made.values()))
+        self._adopt(table, world, timeout, groups, list(made.values()), True)
         self._require().mesh = mesh
 
     @classmethod
@@ -212,6 +208,10 @@ class ParallelContext:
         """The pipeline's groups for CUDA messages to a higher and to a lower rank; None where NCCL is not used."""
         made = self._require("pipe").control_groups
         return (made["pipe:up"], made["pipe:down"]) if "pipe:up" in made else None
+
+    def get_door(self) -> Door | None:
+        """The way to the ranks of this rank's pipeline on the same machine; None where there is none."""
+        return self._require().door
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -358,13 +358,13 @@ class ParallelContext:
         timeout: timedelta | float | None,
         groups: dict[str, dist.ProcessGroup],
         owned: list[dist.ProcessGroup],
+        same_host: bool,
     ) -> None:
         self._state = _State(table, weakref.ref(world), dist.get_rank(), timeout, {**groups, "global": None}, owned)
         if "pipe" in groups:
             self.get_control_group("pipe")  # now, while all ranks are here
-            if communication_device(groups["pipe"]).type == "cuda":
-                sides = {side: (table, "pipe") for side in ("pipe:up", "pipe:down")}
-                self._state.control_groups |= create_groups(sides, timeout=timeout)
+            self._state.control_groups |= edge_groups(table, groups["pipe"], timeout)
+            self._state.door = open_door(self.get_control_group("pipe"), wanted=same_host)
 
     def _forget(self, state: _State, mode: str) -> None:
         group = state.groups.pop(mode, None)
@@ -383,7 +383,9 @@ class ParallelContext:
         """The state, or the error that says what to call; also if `mode` has no groups, and may not count as size 1."""
         state = self._current()
         if state is None:
-            raise TopologyError(f"the topology is not set up; {_SET_UP_FIRST}")
+            raise TopologyError(
+                "the topology is not set up; call setup_distributed() and then tpc.setup_process_groups([...])"
+            )
         if mode not in state.groups and not (absent_is_one and mode in STANDARD_MODES):
             hint = "call tpc.build_moe_groups first" if mode in ("moe_dp", "moe_ep") else "check the configuration"
             raise TopologyError(f"mode {mode!r} is not initialized; the modes are {', '.join(state.groups)}; {hint}")
@@ -395,5 +397,4 @@ def is_using_pp() -> bool:
     return tpc.is_mode_inited("pipe")
 
 
-torch_parallel_context = ParallelContext()
-tpc = torch_parallel_context
+torch_parallel_context = tpc = ParallelContext()

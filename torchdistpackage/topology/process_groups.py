@@ -33,6 +33,7 @@ __all__ = [
     "control_group",
     "create_groups",
     "destroy_groups",
+    "edge_groups",
     "initialised_world",
     "moves_cpu_tensors",
     "setup_node_groups",
@@ -89,6 +90,15 @@ def destroy_groups(groups: Sequence[dist.ProcessGroup]) -> None:
 def control_group(table: RankTable, mode: str, timeout: timedelta | float | None = None) -> dist.ProcessGroup:
     """A gloo group over the same ranks as the group of `mode`, for CPU tensors next to an NCCL group."""
     return create_groups({f"{mode}:control": (table, mode)}, timeout=timeout, backend="gloo")[f"{mode}:control"]
+
+
+def edge_groups(
+    table: RankTable, group: dist.ProcessGroup, timeout: timedelta | float | None = None
+) -> dict[str, dist.ProcessGroup]:
+    """Two more groups of a pipeline's ranks, one for each direction; none where its tensors move through the host."""
+    if communication_device(group).type != "cuda":
+        return {}
+    return create_groups({side: (table, "pipe") for side in ("pipe:up", "pipe:down")}, timeout=timeout)
 
 
 def moves_cpu_tensors(group: dist.ProcessGroup | None) -> bool:

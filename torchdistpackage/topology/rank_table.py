@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from torchdistpackage.errors import TopologyError
 
-__all__ = ["ALIASES", "STANDARD_MODES", "RankTable", "moe_groups", "node_groups", "rank_table"]
+__all__ = ["ALIASES", "STANDARD_MODES", "RankTable", "mesh_config", "moe_groups", "node_groups", "rank_table"]
 
 STANDARD_MODES = ("data", "pipe", "tensor", "model")
 """The names that have accessors of their own; a topology without one of them has it with size 1."""
@@ -265,3 +265,27 @@ def _advice(world_size: int, dims: tuple[str, ...], sizes: tuple[int, ...]) -> s
         if world_size % rest == 0:
             return f"set {name} to {world_size // rest}, or start {product} ranks"
     return f"start {product} ranks, or choose sizes whose product is {world_size}"
+
+
+def mesh_config(
+    names: Sequence[str], sizes: Sequence[int], ranks: Sequence[int], world_size: int
+) -> list[tuple[str, int]]:
+    """The configuration that a device mesh stands for.
+
+    Args:
+        names: of the mesh's dims; "dp", "pp" and "tp" become "data", "pipe" and "tensor".
+        sizes: of the mesh's dims.
+        ranks: the ranks in the mesh, in its order.
+        world_size: how many ranks there are.
+
+    Raises:
+        TopologyError: the mesh has no names, or does not hold all ranks of the world in ascending order.
+    """
+    if not names:
+        raise TopologyError('the device mesh has no dim names; make it with mesh_dim_names=("data", "pipe"), say')
+    if list(ranks) != list(range(world_size)):
+        raise TopologyError(
+            f"the device mesh must hold the ranks 0 to {world_size - 1} in order, got {list(ranks)}; pass the whole "
+            "mesh, not a part of it"
+        )
+    return [(ALIASES.get(name, name), size) for name, size in zip(names, sizes, strict=True)]
