@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from torchdistpackage.errors import PipelineError
-from torchdistpackage.runtime import edge
+from torchdistpackage.runtime import outlet
 from torchdistpackage.runtime.loopback import LoopbackTransport, loopback
 from torchdistpackage.runtime.message import Kind
 
@@ -82,10 +82,10 @@ def test_frames_are_used_again():
 
 def test_layout_numbers_start_again_before_the_table_grows_for_ever():
     a, b = loopback(2)
-    lengths = range(1, edge.MAX_LAYOUTS + 20)
+    lengths = range(1, outlet.MAX_LAYOUTS + 20)
     step(a, b, [torch.zeros(length) for length in lengths])
     step(a, b, [torch.zeros(length) for length in lengths])
-    assert len(b.inlet(0)._layouts) <= edge.MAX_LAYOUTS
+    assert len(b.inlet(0)._layouts) <= outlet.MAX_LAYOUTS
 
 
 def test_messages_may_be_taken_in_another_order_than_sent():

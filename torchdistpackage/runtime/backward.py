@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from torchdistpackage.errors import PipelineError
 
 __all__ = [
     "BackwardFn",
     "Roots",
+    "beginning",
     "differentiable_alias",
     "loss_root",
     "pairs",
@@ -30,6 +32,7 @@ __all__ = [
 BackwardFn = Callable[[Any, Any], Any]
 
 _engine = torch.autograd.Variable._execution_engine
+_PYTHON_NODE: type = torch._C._FunctionBase
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -77,7 +80,21 @@ def loss_root(loss: Any, weight: float) -> Roots:
     return Roots((loss,), (_root(weight, loss.dtype, loss.device, loss.shape),))
 
 
-def pairs(roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Roots:
+def beginning(output: Tensor) -> GradientEdge:
+    """Where the backward of an output begins, without the output itself.
+
+    A graph keeps what it needs; the output of its last operation mostly is not among it. Whoever holds this instead of
+    the output lets its memory go as soon as it is sent, if nobody else holds it: the reference counts prove that.
+    """
+    node = output.grad_fn
+    if node is None or isinstance(node, _PYTHON_NODE):
+        # A leaf has no node of its own, and a custom function's would not keep its graph alive: a view's does.
+        with torch.enable_grad():
+            return GradientEdge(output.view_as(output).grad_fn, 0)  # type: ignore[arg-type]
+    return GradientEdge(node, output.output_nr)
+
+
+def pairs(roots: Sequence[GradientEdge], gradients: Sequence[Tensor | None]) -> Roots:
     """The roots that the next stage used: those for which a gradient came back."""
     if len(roots) == len(gradients) == 1:
         gradient = gradients[0]

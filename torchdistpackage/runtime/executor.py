@@ -285,7 +285,7 @@ class Executor:
                 # Several chunks may share parameters, which are complete only after the last chunk; and the halves of
                 # a backward may leave out parameters that a whole one would have reported.
                 only = self._filled == 1 and len(self._stages) == 1 and not self._splits
-                output = stage.forward(i, message, own, only=only)
+                output = stage.forward(i, message, own, only=only, last=i == self._last_backward.get(at.stage))
             if stage.is_last:
                 self._outputs[i] = output if self.plan.forward_only else _detached(output)
                 return

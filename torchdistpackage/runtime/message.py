@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import TransportError
 
-__all__ = ["ALIGNMENT", "Frame", "Header", "Kind", "Layout", "Leaf", "Message", "TensorLayout", "flatten"]
+__all__ = ["ALIGNMENT", "Frame", "Header", "Kind", "Layout", "Leaf", "Message", "TensorLayout", "Travel", "flatten"]
 
 ALIGNMENT = 64  # bytes; any dtype's item size divides it, and it keeps vector loads aligned
 _MAGIC = 0x54445031  # "TDP1"
@@ -97,6 +97,14 @@ def read_header(memory: Any) -> Header:
     return Header._make(fields[1:])
 
 
+class Travel(enum.IntEnum):
+    """Whether a tensor is in the frame."""
+
+    ALWAYS = 0
+    KEEP = 1  # it is, and the receiver keeps it for later messages
+    KEPT = 2  # it is not: the receiver has it
+
+
 class TensorLayout(NamedTuple):
     """One tensor of a message: hashable, so that it is also the key under which layouts are found again."""
 
@@ -105,6 +113,7 @@ class TensorLayout(NamedTuple):
     dtype: torch.dtype
     requires_grad: bool
     is_cuda: bool
+    travel: int = Travel.ALWAYS
 
 
 Leaf = Any  # a TensorLayout, or (type, value) of a constant
@@ -132,10 +141,20 @@ class Layout:
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorLayout))
 
     @cached_property
+    def packed(self) -> tuple[TensorLayout, ...]:
+        """The tensors that are in the frame."""
+        return tuple(tensor for tensor in self.tensors if tensor.travel != Travel.KEPT)
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether any tensor is kept by the receiver, from this message or from an earlier one."""
+        return any(tensor.travel != Travel.ALWAYS for tensor in self.tensors)
+
+    @cached_property
     def placements(self) -> tuple[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int], ...]:
-        """For each tensor: dtype on the wire, shape, strides, and offset in the frame in items of that dtype."""
+        """For each packed tensor: dtype on the wire, shape, strides, and offset in the frame in items of that dtype."""
         table, offset = [], ALIGNMENT
-        for tensor in self.tensors:
+        for tensor in self.packed:
             cast = self.wire_dtype is not None and tensor.dtype.is_floating_point
             dtype = self.wire_dtype if cast and self.wire_dtype is not None else tensor.dtype
             table.append((dtype, tensor.shape, tensor.stride, offset // dtype.itemsize))
@@ -164,17 +183,17 @@ class Layout:
         return [
             # One call for both moves; a host-staged CUDA tensor lands on this rank's own device.
             view.to(device=device if tensor.is_cuda else "cpu", dtype=tensor.dtype)
-            for view, tensor in zip(views, self.tensors, strict=True)
+            for view, tensor in zip(views, self.packed, strict=True)
         ]
 
     @cached_property
     def _on(self) -> set[bool]:
-        return {tensor.is_cuda for tensor in self.tensors}
+        return {tensor.is_cuda for tensor in self.packed}
 
     @cached_property
     def is_cuda(self) -> bool:
-        """Whether any tensor lives on a CUDA device."""
-        return any(tensor.is_cuda for tensor in self.tensors)
+        """Whether any tensor in the frame lives on a CUDA device."""
+        return any(tensor.is_cuda for tensor in self.packed)
 
     def describe(self) -> dict[str, Any]:
         """The layout in JSON's types.
@@ -258,7 +277,7 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec | None]:
     return pytree.tree_flatten(tree)
 
 
-def leaf_key(leaf: Any, *, training: bool) -> Leaf:
+def leaf_key(leaf: Any, *, training: bool, travel: int = Travel.ALWAYS) -> Leaf:
     """What has to be known of a leaf before its numbers.
 
     Raises:
@@ -271,7 +290,7 @@ def leaf_key(leaf: Any, *, training: bool) -> Leaf:
                 "between stages: convert it first (to_dense(), dequantize(), to_local())"
             )
         grad = training and leaf.requires_grad
-        return TensorLayout(leaf.shape, leaf.stride(), leaf.dtype, grad, leaf.is_cuda)
+        return TensorLayout(leaf.shape, leaf.stride(), leaf.dtype, grad, leaf.is_cuda, travel)
     if isinstance(leaf, _CONSTANTS):
         return (type(leaf), leaf)
     if isinstance(leaf, (torch.dtype, torch.device)):
@@ -294,6 +313,14 @@ def is_like(tensor: Tensor, known: TensorLayout | None) -> bool:
         and tensor.is_cuda == known.is_cuda
         and tensor.layout is torch.strided
     )
+
+
+def is_leaf_like(leaf: Any, known: Leaf, travel: int) -> bool:
+    """Whether a leaf of a message of several has the layout that it had last time."""
+    if isinstance(known, TensorLayout):
+        return known.travel == travel and is_like(leaf, known)
+    kind, value = known
+    return type(leaf) is kind and bool(leaf == value)
 
 
 def dense(leaf: Leaf) -> Leaf:
@@ -334,6 +361,7 @@ def _leaf_to_json(leaf: Leaf) -> Any:
             _dtype_name(leaf.dtype),
             leaf.requires_grad,
             leaf.is_cuda,
+            leaf.travel,
         ]
     kind, value = leaf
     if kind is bytes:
@@ -350,8 +378,8 @@ def _leaf_to_json(leaf: Leaf) -> Any:
 def _leaf_from_json(data: Any) -> Leaf:
     kind, *rest = data
     if kind == "tensor":
-        shape, stride, dtype, requires_grad, is_cuda = rest
-        return TensorLayout(tuple(shape), tuple(stride), _dtype_from_name(dtype), requires_grad, is_cuda)
+        shape, stride, dtype, *others = rest
+        return TensorLayout(tuple(shape), tuple(stride), _dtype_from_name(dtype), *others)
     readers: dict[str, Callable[..., Any]] = {
         "bytes": lambda text: bytes.fromhex(text),
         "complex": lambda real, imag: complex(real, imag),

@@ -4,7 +4,7 @@ Knows autograd, knows no rank: what comes in and goes out are messages, who carr
 
 ::
 
-    message -> leaves -> fwd_fn(argument) -> output                   saved[i] = leaves, roots
+    message -> leaves -> fwd_fn(argument) -> output, which leaves     saved[i] = leaves, where the backward begins
     gradients of the roots -> backward -> gradients of the leaves     saved[i] is taken
     or in two halves: -> backward_input -> gradients of the leaves    saved[i] is taken, waiting[i] = nodes
                          backward_weight                              waiting[i] is taken
@@ -17,13 +17,14 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, final
 
 from torch import Tensor
-from torch.autograd.graph import increment_version
+from torch.autograd.graph import GradientEdge, increment_version
 from torch.utils._pytree import TreeSpec
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime.backward import (
     BackwardFn,
     Roots,
+    beginning,
     differentiable_alias,
     loss_root,
     pairs,
@@ -70,8 +71,8 @@ class _Saved(NamedTuple):
     """What the backward of one micro-batch needs."""
 
     leaves: list[Tensor]
-    roots: list[Tensor]
-    output: Any
+    roots: list[GradientEdge]
+    output: Any  # on the last stage the loss; elsewhere only where somebody will ask for it
 
 
 class _Waiting(NamedTuple):
@@ -113,7 +114,9 @@ class Stage:
         self._saved.clear()
         self._waiting.clear()
 
-    def forward(self, microbatch: int, message: Message | None, own: list[Any], *, only: bool) -> Any:
+    def forward(
+        self, microbatch: int, message: Message | None, own: list[Any], *, only: bool = False, last: bool = False
+    ) -> Any:
         """Runs the user's function on one micro-batch.
 
         Args:
@@ -122,6 +125,7 @@ class Stage:
             own: This stage's slices of its own inputs.
             only: Whether this is the one micro-batch of the step that has rows: data-parallel wrappers then work as
                 they are.
+            last: Whether its backward will be the stage's last one of the step.
 
         Returns:
             What the function returned.
@@ -145,7 +149,8 @@ class Stage:
                 # memory: autograd must know, so that it refuses what it would refuse in the plain loop.
                 increment_version(leaf)
         if self._training:
-            self._saved[microbatch] = _Saved(leaves, [], output)
+            asked_for = self.is_last or self._backward_fn is not None or (last and self._watched)
+            self._saved[microbatch] = _Saved(leaves, [], output if asked_for else None)
         return output
 
     def flatten(self, microbatch: int, output: Any) -> Output:
@@ -153,7 +158,7 @@ class Stage:
         leaves, spec = flatten(output)
         if self._training:
             saved = self._saved[microbatch]
-            saved.roots.extend(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
+            saved.roots.extend(beginning(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
             if saved.leaves and not saved.roots:
                 raise PipelineError(
                     f"stage {self.index} received tensors that require gradients but returned none that does: the "

@@ -15,9 +15,11 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from torchdistpackage.runtime.edge import Handle, Inlet, Mover, Outlet
+from torchdistpackage.runtime.edge import Handle, Mover
 from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
+from torchdistpackage.runtime.inlet import Inlet
 from torchdistpackage.runtime.message import Kind
+from torchdistpackage.runtime.outlet import Outlet
 
 __all__ = ["Handle", "Mover", "TensorShard", "Transport"]
 
@@ -138,6 +140,8 @@ class Transport(ABC):
             self.inlet(token_from).take(Kind.DONE, 0, 0)
         for outlet in self._outlets.values():
             outlet.release_all()
+        for inlet in self._inlets.values():
+            inlet.end_step()
         if token_to is not None:
             self.outlet(token_to).send_empty(Kind.DONE, 0, 0, 0)
 

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
-from torchdistpackage.runtime.backward import Roots, run_backward
+from torchdistpackage.runtime.backward import Roots, beginning, run_backward
 
 __all__ = ["Cut", "PutOff", "find_cut"]
 
@@ -125,7 +125,7 @@ def find_cut(roots: Sequence[Any], leaves: Sequence[Tensor]) -> Cut | str:
     Returns:
         The cut, or the reason why the backward runs whole, in words.
     """
-    start = [root.grad_fn or get_gradient_edge(root).node for root in roots]
+    start = [root.node if isinstance(root, GradientEdge) else root.grad_fn or beginning(root).node for root in roots]
     inputs = {id(leaf) for leaf in leaves}
     edges: dict[Node, list[Node]] = {}
     to_input: dict[Node, bool] = {}

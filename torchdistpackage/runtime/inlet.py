@@ -1,0 +1,176 @@
+"""The receiving end of an edge: takes frames apart, and keeps what comes before it is asked for. See `edge.py`."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchdistpackage.errors import PipelineError, TransportError
+from torchdistpackage.runtime import message as wire
+from torchdistpackage.runtime.edge import BROKEN, MAX_DESCRIPTION, MAX_FRAME, MIN_SLOT, Handle, Key
+from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
+from torchdistpackage.runtime.message import ALIGNMENT, Header, Kind, Layout, Message, Travel
+
+if TYPE_CHECKING:
+    from torchdistpackage.runtime.transport import Transport
+
+__all__ = ["Inlet"]
+
+
+class Inlet:
+    """The receiving end: posts receives ahead, takes messages in any order.
+
+    Args:
+        transport: This rank's transport.
+        sender: The rank at the other end.
+    """
+
+    def __init__(self, transport: Transport, sender: int) -> None:
+        self._transport, self._sender = transport, sender
+        self._slots, self._bulk = transport.receiver(sender), transport.receiver(sender, bulk=True)
+        self._slot = self._longest = MIN_SLOT
+        self._posted: deque[tuple[Tensor, Handle]] = deque()
+        self._mail: dict[Key, Message] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._texts: dict[int, str] = {}
+        self._kept: dict[tuple[int, int], dict[int, Tensor]] = {}  # (kind, stage) -> place among the tensors -> value
+
+    def begin_step(self) -> None:
+        """Adopts the slot length that the earlier frames ask for, and the signature of this step."""
+        self._slot = self._longest
+        self._signature = zlib.crc32(self._transport.signature.encode())
+
+    def end_step(self) -> None:
+        """Lets go of the values that repeat."""
+        self._kept = {}
+
+    def post(self) -> None:
+        """Starts receiving the next message of the edge, whichever it is."""
+        buffer = torch.empty(self._slot, dtype=torch.uint8)
+        try:
+            self._posted.append((buffer, self._slots(buffer)))
+        except BROKEN as error:
+            raise ConnectionLost(self._sender, "receiving from") from error
+
+    def take(self, kind: Kind, stage: int, microbatch: int) -> Message:
+        """Waits for one message and hands it over; messages that arrive before it are kept.
+
+        Args:
+            kind: What it is for.
+            stage: The sender's stage.
+            microbatch: Which micro-batch.
+
+        Raises:
+            RemoteFailure: The other rank reports a failure.
+            ConnectionLost: The other rank is gone.
+            PipelineError: The other rank runs another plan.
+            TransportError: The bytes are not a message of ours.
+        """
+        key = (kind, stage, microbatch)
+        mail = self._mail
+        while key not in mail:
+            self._receive_next()
+        return mail.pop(key)
+
+    def _receive_next(self) -> None:
+        try:
+            if self._posted:
+                buffer, handle = self._posted.popleft()
+            else:
+                buffer = torch.empty(self._slot, dtype=torch.uint8)
+                handle = self._slots(buffer)
+            handle.wait()
+        except BROKEN as error:
+            raise ConnectionLost(self._sender, "receiving from") from error
+        header = wire.read_header(buffer.numpy())
+        kind, flags, signature, stage, microbatch, rows, number, description_bytes, length = header
+        if description_bytes or flags or signature != self._signature:
+            self._receive_unusual(header, buffer)
+            return
+        layout = self._layouts[number]
+        if length != layout.frame_bytes:
+            raise self._wrong_length(length, layout.frame_bytes)
+        tensors = layout.read(buffer, self._transport.device)
+        if layout.keeps:
+            tensors = self._with_kept(kind, stage, layout, tensors)
+        self._mail[kind, stage, microbatch] = Message(layout, tensors, rows)
+
+    def _receive_unusual(self, header: Header, slot: Tensor) -> None:
+        if header.kind == Kind.FAILURE:
+            text = slot[ALIGNMENT : ALIGNMENT + header.payload_bytes].numpy().tobytes()
+            raise RemoteFailure(FailureReport.from_bytes(text))
+        if header.description_bytes:
+            self._read_description(header)
+        if header.signature != self._signature:
+            theirs = self._texts.get(header.signature, "something else")
+            raise PipelineError(
+                f"ranks disagree about the step: rank {self._transport.rank} runs {self._transport.signature}, but "
+                f"rank {self._sender} runs {theirs}. Call forward_backward with the same arguments on every rank"
+            )
+        message = Message(None, [], header.rows)
+        if not header.flags & wire.EMPTY:
+            layout = self._layouts[header.layout]
+            payload = self._payload(header, layout, slot)
+            tensors = layout.read(payload, self._transport.device)
+            if layout.keeps:
+                tensors = self._with_kept(header.kind, header.stage, layout, tensors)
+            message = Message(layout, tensors, header.rows)
+        self._mail[header.kind, header.stage, header.microbatch] = message
+
+    def _with_kept(self, kind: int, stage: int, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
+        """The message's tensors and those that earlier ones have brought; keeps what later ones will leave out."""
+        kept, arrived = self._kept.setdefault((kind, stage), {}), iter(tensors)
+        found = []
+        for place, about in enumerate(layout.tensors):
+            tensor = kept[place] if about.travel == Travel.KEPT else next(arrived)
+            if about.travel == Travel.KEEP:
+                kept[place] = tensor
+            found.append(tensor)
+        return found
+
+    def _read_description(self, header: Header) -> None:
+        if header.description_bytes > MAX_DESCRIPTION:
+            raise TransportError(f"a message announces a description of {header.description_bytes} bytes")
+        text = self._receive_bulk(header.description_bytes, "cpu")
+        data = json.loads(text.numpy().tobytes())
+        self._texts[header.signature] = data["signature"]
+        if data["layout"] is not None:
+            self._layouts[header.layout] = Layout.from_description(data["layout"])
+
+    def _payload(self, header: Header, layout: Layout, slot: Tensor) -> Tensor:
+        """The message's frame: the slot itself, or the spilled one; a tensor group's shares are gathered."""
+        transport = self._transport
+        shard = transport.shard if header.flags & wire.SLICED else None
+        size = 1 if shard is None else shard.size
+        share = wire.share_bytes(layout, size)
+        if header.payload_bytes != ALIGNMENT + share or header.payload_bytes > MAX_FRAME:
+            raise self._wrong_length(header.payload_bytes, ALIGNMENT + share)
+        on_device = layout.is_cuda and transport.carries_cuda()
+        if not on_device:
+            self._longest = max(self._longest, header.payload_bytes)
+        payload = slot
+        if header.flags & wire.SPILLED:
+            payload = self._receive_bulk(header.payload_bytes, transport.device if on_device else "cpu")
+        if shard is not None:
+            full = payload.new_empty(ALIGNMENT + size * share)
+            shard.gather(full[ALIGNMENT:], payload[ALIGNMENT : ALIGNMENT + share])
+            payload = full
+        return payload
+
+    def _receive_bulk(self, length: int, device: torch.device | str) -> Tensor:
+        buffer = torch.empty(length, dtype=torch.uint8, device=device)
+        try:
+            self._bulk(buffer).wait()
+        except BROKEN as error:
+            raise ConnectionLost(self._sender, "receiving from") from error
+        return buffer
+
+    def _wrong_length(self, length: int, expected: int) -> TransportError:
+        return TransportError(
+            f"rank {self._sender} announces a message of {length} bytes where its layout needs {expected}"
+        )
