@@ -12,7 +12,7 @@ mse = nn.functional.mse_loss
 def start(pipe, **more):
     setup_distributed(backend="gloo")
     config = [("data", dist.get_world_size() // pipe), ("pipe", pipe)]
-    tpc.setup_process_groups(more.get("config", config))
+    tpc.setup_process_groups(more.get("config", config), same_host=more.get("same_host", True))
     torch.manual_seed(0)
 
 

@@ -60,8 +60,8 @@ class Chunks:
         return forward_backward(None, functions, None, self.own(x, None), m, forward_only=True, schedule=self.schedule)
 
 
-def every_schedule(rank, world, schedules):
-    start(world)
+def every_schedule(rank, world, schedules, same_host=True):
+    start(world, same_host=same_host)
     x, y = torch.randn(11, 6).double(), torch.randn(11, 6).double()
     for schedule in schedules:
         layers = make_layers(2 * world)
@@ -93,8 +93,9 @@ def every_schedule(rank, world, schedules):
         )
 
 
-def test_every_schedule_on_two_ranks():
-    run_distributed(every_schedule, 2, names(), timeout=120)
+@pytest.mark.parametrize("same_host", [True, False])
+def test_every_schedule_on_two_ranks(same_host):
+    run_distributed(every_schedule, 2, names(), same_host, timeout=120)
 
 
 def test_a_sample_on_four_ranks():

@@ -13,9 +13,9 @@ from torch import nn
 from torchdistpackage import PipelineError, forward_backward, setup_distributed, tpc
 
 
-def step_with_a_lost_rank(rank, world, bad, how):
+def step_with_a_lost_rank(rank, world, bad, how, same_host):
     setup_distributed(backend="gloo")
-    tpc.setup_process_groups([("pipe", world)])
+    tpc.setup_process_groups([("pipe", world)], same_host=same_host)
     layer, calls = nn.Linear(4, 4), []
     first, last = tpc.is_first_in_pipeline_group(), tpc.is_last_in_pipeline_group()
 
@@ -36,9 +36,10 @@ def step_with_a_lost_rank(rank, world, bad, how):
     return None
 
 
+@pytest.mark.parametrize("same_host", [True, False])
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_a_killed_rank_is_noticed_by_all_others(bad):
-    results = run_distributed(step_with_a_lost_rank, 3, bad, "killed", may_die=[bad])
+def test_a_killed_rank_is_noticed_by_all_others(bad, same_host):
+    results = run_distributed(step_with_a_lost_rank, 3, bad, "killed", same_host, may_die=[bad])
     for rank, result in enumerate(results):
         if rank != bad:
             name, text, seconds = result
@@ -47,9 +48,10 @@ def test_a_killed_rank_is_noticed_by_all_others(bad):
             assert seconds < 8
 
 
+@pytest.mark.parametrize("same_host", [True, False])
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_a_rank_that_raises_is_named_by_all_others(bad):
-    results = run_distributed(step_with_a_lost_rank, 3, bad, "raised")
+def test_a_rank_that_raises_is_named_by_all_others(bad, same_host):
+    results = run_distributed(step_with_a_lost_rank, 3, bad, "raised", same_host)
     for rank, (name, text, seconds) in enumerate(results):
         assert name == ("ValueError" if rank == bad else "PipelineError")
         assert "planted" in text

@@ -19,7 +19,7 @@ LONG = 5 * INLINE + 3
 @pytest.fixture
 def ends():
     a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sending, receiving = SendingLink(a), ReceivingLink(b)
+    sending, receiving = SendingLink(a), ReceivingLink(lambda: b)
     yield sending, receiving
     sending.close()
     receiving.close()
@@ -150,6 +150,8 @@ def test_what_was_sent_before_the_end_is_still_read(ends):
 
 def test_a_receiver_that_is_gone_is_noticed(ends):
     sending, receiving = ends
+    send(sending, numbers(64))
+    receive(receiving, 64)
     receiving.close()
     with pytest.raises(OSError, match=r"Broken pipe|reset"):
         send(sending, numbers(64))
@@ -167,8 +169,8 @@ def test_a_message_that_comes_late_wakes_the_receiver():
     code = f"import socket, time; time.sleep({20 * link._SPIN}); socket.socket(fileno=0).send(bytes(range(64)))"
     with subprocess.Popen([sys.executable, "-c", code], stdin=a) as child:
         a.close()
-        assert torch.equal(receive(ReceivingLink(b), 64), numbers(64))
+        assert torch.equal(receive(ReceivingLink(lambda: b), 64), numbers(64))
         assert child.wait() == 0
     with pytest.raises(ConnectionResetError, match="ended"):
-        receive(ReceivingLink(b), 64)
+        receive(ReceivingLink(lambda: b), 64)
     b.close()

@@ -54,6 +54,8 @@ class Inlet:
         buffer = torch.empty(self._slot, dtype=torch.uint8)
         try:
             self._posted.append((buffer, self._slots(buffer)))
+        except TransportError:
+            raise
         except BROKEN as error:
             raise ConnectionLost(self._sender, "receiving from") from error
 
@@ -85,6 +87,8 @@ class Inlet:
                 buffer = torch.empty(self._slot, dtype=torch.uint8)
                 handle = self._slots(buffer)
             handle.wait()
+        except TransportError:
+            raise
         except BROKEN as error:
             raise ConnectionLost(self._sender, "receiving from") from error
         header = wire.read_header(buffer.numpy())
@@ -166,6 +170,8 @@ class Inlet:
         buffer = torch.empty(length, dtype=torch.uint8, device=device)
         try:
             self._bulk(buffer).wait()
+        except TransportError:
+            raise
         except BROKEN as error:
             raise ConnectionLost(self._sender, "receiving from") from error
         return buffer

@@ -23,6 +23,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple, final
 
 import torch
@@ -232,11 +233,13 @@ class ReceivingLink:
     """The receiving end: called with a buffer, it returns a handle whose `wait` fills the buffer.
 
     Args:
-        end: Connected socket.
+        answer: Waits for the sender's call and returns the connected socket. It comes with the first wait and not
+            before: a receive that is posted ahead must not wait for a sender who waits for this rank.
     """
 
-    def __init__(self, end: socket.socket) -> None:
-        self._socket, self._receive_into = end, end.recv_into
+    def __init__(self, answer: Callable[[], socket.socket]) -> None:
+        self._answer = answer
+        self._socket: socket.socket | None = None
         self._segments: dict[int, Tensor] = {}
 
     def __call__(self, buffer: Tensor) -> Handle:
@@ -250,6 +253,9 @@ class ReceivingLink:
             OSError: The other process is gone.
             TransportError: The message is longer than the buffer.
         """
+        if self._socket is None:
+            self._socket = self._answer()
+            self._receive_into = self._socket.recv_into
         memory = buffer.numpy()
         while True:
             if self._next(memory) > _WORD.size:
@@ -258,7 +264,7 @@ class ReceivingLink:
             if says == _FORGET:
                 del self._segments[number]
             elif says == _SHARED:
-                self._segments[number] = self._receive_segment()
+                self._segments[number] = _receive_segment(self._socket)
             elif length > buffer.numel():
                 raise TransportError(f"a message of {length} bytes came for a buffer of {buffer.numel()}")
             elif says == _LIES:
@@ -272,6 +278,8 @@ class ReceivingLink:
     def waiting(self) -> list[bytes]:
         """The short messages that have come and that nobody will take any more; shared memory is not looked at."""
         found: list[bytes] = []
+        if self._socket is None:
+            return found
         try:
             while packet := self._socket.recv(INLINE, _DONTWAIT):
                 if len(packet) > _WORD.size:
@@ -282,7 +290,8 @@ class ReceivingLink:
 
     def close(self) -> None:
         """Ends the connection; the sender is told at its next message."""
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
 
     def _next(self, memory: object) -> int:
         length = self._asked(memory) or self._receive_into(memory)  # type: ignore[arg-type]
@@ -304,15 +313,6 @@ class ReceivingLink:
                 return 0
             os.sched_yield()
 
-    def _receive_segment(self) -> Tensor:
-        _, descriptors, _, _ = socket.recv_fds(self._socket, _WORD.size, 1)
-        if not descriptors:
-            raise ConnectionResetError("the stream has ended")
-        try:
-            return _mapped(descriptors[0], os.fstat(descriptors[0]).st_size)
-        finally:
-            os.close(descriptors[0])
-
 
 class _Arrival:
     """A message to be received."""
@@ -329,6 +329,16 @@ class _Arrival:
 def _mapped(descriptor: int, size: int) -> Tensor:
     """The memory behind a descriptor. Unlike Python's mmap, torch keeps no descriptor of its own open with it."""
     return torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+
+
+def _receive_segment(end: socket.socket) -> Tensor:
+    _, descriptors, _, _ = socket.recv_fds(end, _WORD.size, 1)
+    if not descriptors:
+        raise ConnectionResetError("the stream has ended")
+    try:
+        return _mapped(descriptors[0], os.fstat(descriptors[0]).st_size)
+    finally:
+        os.close(descriptors[0])
 
 
 def _send_descriptor(end: socket.socket, packet: bytes, descriptor: int, flags: int) -> None:

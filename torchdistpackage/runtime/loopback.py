@@ -45,7 +45,7 @@ class _Pending:
         try:
             data = self._stream.get(timeout=self._timeout)
         except queue.Empty:
-            raise TransportError(f"no message came within {self._timeout} s") from None
+            raise TimeoutError(f"no message came within {self._timeout} s") from None
         if data.numel() > self._buffer.numel():
             raise TransportError(f"a message of {data.numel()} bytes came for a buffer of {self._buffer.numel()}")
         self._buffer[: data.numel()].copy_(data)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchdistpackage.errors import TransportError
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.edge import BROKEN, COPIED, MAX_LAYOUTS, MIN_SLOT, Handle, Key, Mover
 from torchdistpackage.runtime.failure import ConnectionLost, FailureReport
@@ -259,5 +260,7 @@ class Outlet:
     def _start(self, stream: Mover, buffer: Tensor) -> Handle:
         try:
             return stream(buffer)
+        except TransportError:
+            raise
         except BROKEN as error:
             raise ConnectionLost(self._receiver, "sending to") from error

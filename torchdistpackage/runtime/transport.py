@@ -42,9 +42,9 @@ class Transport(ABC):
         num_ranks: p.
         global_rank: This rank in the world, for messages to people.
         device: Where received CUDA tensors are put.
-        receives_ahead: How many compute actions ahead of its use a receive is posted. On gloo 0 was the best by 10 %
-            (each posted receive is a word to the sender, which wakes its thread), on NCCL the host has to read a
-            header before it posts the tensors, which would stall it ahead of their use.
+        receives_ahead: How many compute actions ahead of its use a receive is posted. Each one posted holds the memory
+            of a message. gloo's sends move only once the receive is there: with 4 ahead a step of small messages took
+            0.6 of the time that it took with none. Where messages lie ready by themselves (links, loopback): 0.
         epoch: Counts failures; frames of different epochs never meet.
     """
 
