@@ -9,6 +9,7 @@ import pytest
 import torch
 from loopback_pipeline import assert_same_gradients, mse, plain_loop, run_step, stage_functions, stage_inputs
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -325,3 +326,43 @@ def test_live_microbatches_are_the_plans(name, p):
     step(plan, stages, torch.randn(6 * p + 3, WIDTH), torch.randn(6 * p + 3, WIDTH))
     assert tuple(peak[rank] for rank in range(p)) == peak_activations(plan)
     assert not +live
+
+
+def test_after_the_first_half_only_what_the_second_needs_is_held():
+    """A GELU's input serves its own backward, which runs with I; a Linear's serves the weight's, which runs with W."""
+    alive = {"before GELU": [], "before Linear": []}
+    stage = nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(4)])
+    for block in stage:
+        block[0].register_forward_hook(lambda _m, _i, output: alive["before GELU"].append(reference(output)))
+        block[1].register_forward_hook(lambda _m, _i, output: alive["before Linear"].append(reference(output)))
+    seen = []
+
+    def reference(output):
+        return StorageWeakRef(output.untyped_storage())
+
+    def look(_):
+        """Runs with the first stage's W, after the second stage's I and before its W."""
+        seen.append({kind: sum(not found.expired() for found in all_of) for kind, all_of in alive.items()})
+
+    plan = complete(Plan.from_text("0F0 1F0 1I0 0I0 0W0 1W0"))
+    first = nn.Linear(WIDTH, WIDTH)
+
+    def begin(x):
+        output = first(x)
+        output.register_hook(look)
+        return output
+
+    x = torch.randn(5, WIDTH)
+    work = [ChunkWork(begin, inputs=x), ChunkWork(lambda h: stage(h).sum())]
+    Executor(plan, loopback(1)[0]).run(work)
+    assert seen[0] == {"before GELU": 0, "before Linear": 3}
+    assert all(parameter.grad is not None for parameter in stage.parameters())
+
+
+def test_a_result_shared_by_microbatches_is_refused_as_in_the_plain_loop():
+    weight, layer = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Linear(WIDTH, WIDTH)
+    shared = weight.exp()  # once, outside of the forward
+    plan = build("zb-h1", 2, 3)
+    functions = [layer, lambda h: (layer(h) @ shared).sum()]
+    results = run_step(plan, functions, [torch.randn(6, WIDTH), None])
+    assert any("backward through the graph a second time" in str(result) for result in results), results

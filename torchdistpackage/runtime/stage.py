@@ -239,6 +239,7 @@ class Stage:
         for node in cut.put_off:
             node.node.register_prehook(node)
         run_backward(roots, keep_graph=True, inputs=(*saved.leaves, *cut.at_once))
+        cut.free()
         self._waiting[microbatch] = _Waiting(cut.put_off, None, output)
         return None
 

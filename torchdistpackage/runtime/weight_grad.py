@@ -25,6 +25,7 @@ rather than out of the layers is what makes it hold for any module.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -61,6 +62,7 @@ _SEPARABLE = frozenset(
 # the end of the input's gradient for the end of the backward (fully_shard).
 _WHOLE = ("Checkpoint", "Compiled", "RegisterPostBackward")
 _ACCUMULATE: type = torch._C._functions.AccumulateGrad
+_SavedTensor: type = torch._C._autograd.SavedTensor
 
 
 class PutOff:
@@ -70,17 +72,20 @@ class PutOff:
     that change gradients count once.
     """
 
-    __slots__ = ("gradients", "node", "parameters")
+    __slots__ = ("before", "gradients", "node", "parameters")
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.parameters: list[Tensor] = []
+        self.before: list[Node] = []  # when a gradient arrives here they have run, for good
         self.gradients: tuple[Tensor | None, ...] | None = None
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         """Keeps the gradients the first time, and replaces them by the kept ones the second time."""
         if self.gradients is None:
             self.gradients = gradients
+            _free(self.before)
+            self.before = []
             return None
         return self.gradients
 
@@ -104,12 +109,18 @@ class Cut:
     Attributes:
         put_off: The nodes whose weights wait.
         at_once: Parameters whose gradient belongs to I.
+        done: Nodes that have run with I, for good.
     """
 
-    __slots__ = ("at_once", "put_off")
+    __slots__ = ("at_once", "done", "put_off")
 
-    def __init__(self, put_off: list[PutOff], at_once: list[Tensor]) -> None:
-        self.put_off, self.at_once = put_off, at_once
+    def __init__(self, put_off: list[PutOff], at_once: list[Tensor], done: list[Node]) -> None:
+        self.put_off, self.at_once, self.done = put_off, at_once, done
+
+    def free(self) -> None:
+        """Comes after I: lets go of what its nodes have saved and W does not need."""
+        _free(self.done)
+        self.done = []
 
 
 def find_cut(roots: Sequence[Any], leaves: Sequence[Tensor]) -> Cut | str:
@@ -177,7 +188,13 @@ def _cut(start: list[Node], edges: dict[Node, list[Node]], to_input: dict[Node, 
         if type(node) is _ACCUMULATE:
             (at_once if waits is None else waits.parameters).append(_leaf(node))
     put_off = [waits for waits in found if waits.parameters]
-    return Cut(put_off, at_once) if put_off else "it has no weight gradient that can be computed by itself"
+    again = {waits.node: waits for waits in put_off}
+    done: list[Node] = []
+    for node, children in edges.items():
+        if node not in again and (to_input[node] or owner.get(node) is None):
+            following = next((again[child] for child in children if child in again), None)
+            (done if following is None else following.before).append(node)
+    return Cut(put_off, at_once, done) if put_off else "it has no weight gradient that can be computed by itself"
 
 
 def _leaf(node: Any) -> Tensor:
@@ -209,6 +226,38 @@ def _has_hook(saved: Any) -> bool:
     except RuntimeError as error:
         return "already been set" in str(error)
     return False
+
+
+def _free(nodes: list[Node]) -> None:
+    """Lets go of what nodes have saved that run no more.
+
+    The graph as a whole has to be kept for W, and with it all that any node of it has saved: after I, where nothing
+    is needed any more but the inputs of the put-off nodes, a stage would hold more than before. A hook that keeps
+    nothing is the way to free a single node.
+    """
+    for node in nodes:
+        for name in _saved_names(type(node)):
+            _let_go(getattr(node, name))
+
+
+def _let_go(saved: Any) -> None:
+    if isinstance(saved, (tuple, list)):
+        for part in saved:
+            _let_go(part)
+    elif isinstance(saved, _SavedTensor):
+        with suppress(RuntimeError):  # it has hooks of the user's, or nothing is saved
+            saved.register_hooks(_nothing, _gone)  # type: ignore[attr-defined]
+
+
+def _nothing(_: Tensor) -> None:
+    return
+
+
+def _gone(_: None) -> Tensor:
+    raise RuntimeError(
+        "Trying to backward through the graph a second time: what it saved is freed by the first backward. Does the "
+        "stage use a result that was computed once, outside of its forward, in several micro-batches?"
+    )
 
 
 def _unchanged(value: Any) -> Any:
