@@ -140,6 +140,7 @@ def forward_backward(
             shard=shard,
             around=tied,
             recorder=recorder,
+            may_run_whole=auto is not None,
         )
         value = _merged(result, forward_only) if result.outputs else None
     if broadcast_loss:

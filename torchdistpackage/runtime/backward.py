@@ -7,13 +7,14 @@ of `(loss * share).backward()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node
 
 from torchdistpackage.errors import PipelineError
 
@@ -22,6 +23,7 @@ __all__ = [
     "Roots",
     "beginning",
     "differentiable_alias",
+    "is_compiled",
     "loss_root",
     "pairs",
     "reachable_leaves",
@@ -105,16 +107,25 @@ def pairs(roots: Sequence[GradientEdge], gradients: Sequence[Tensor | None]) -> 
 
 def reachable_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The leaves that a backward from these tensors would give gradients to."""
+    return [node.variable for node in _nodes(tensors) if hasattr(node, "variable")]
+
+
+def is_compiled(tensors: Sequence[Tensor]) -> bool:
+    """Whether a backward from these tensors would run a graph that torch.compile has made."""
+    return any(
+        isinstance(node, BackwardCFunction) and type(node).__name__.startswith("Compiled") for node in _nodes(tensors)
+    )
+
+
+def _nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:
     stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen, found = set(stack), []
+    seen = set(stack)
     while stack:
         node = stack.pop()
-        if hasattr(node, "variable"):
-            found.append(node.variable)
+        yield node
         fresh = {child for child, _ in node.next_functions if child is not None} - seen
         seen |= fresh
         stack.extend(fresh)
-    return found
 
 
 def run_backward(roots: Roots, *, keep_graph: bool = False, inputs: tuple[Tensor, ...] = ()) -> None:

@@ -128,6 +128,7 @@ class Executor:
         self._steps = [(handlers[at.op], at) for at in self._program.instructions]
         self._splits = any(at.op is Op.INPUT_GRAD for at in self._program.instructions)
         self._recorder: Recorder | None = None
+        self._looks = self._splits  # whether a stage is compiled, in the first step
         self._told = False
 
     def run(
@@ -140,6 +141,7 @@ class Executor:
         shard: TensorShard | None = None,
         around: StepExtension | None = None,
         recorder: Recorder | None = None,
+        may_run_whole: bool = False,
     ) -> StepResult:
         """Runs one step.
 
@@ -151,6 +153,7 @@ class Executor:
             shard: Tensor-parallel group that shares the transfer.
             around: What else the ranks exchange before and after the plan.
             recorder: Gets the time of every action.
+            may_run_whole: A compiled stage under a split schedule runs whole instead of being refused: it is measured.
 
         Raises:
             PipelineError: Another rank failed, or the ranks disagree. This rank's own exception is raised as it is,
@@ -161,7 +164,7 @@ class Executor:
             self._begin(work, mean=mean, signature=signature, wire_dtype=wire_dtype, shard=shard)
             if around is not None:
                 around.begin_step(self.transport, training=not self.plan.forward_only)
-            self._recorder = recorder
+            self._recorder, self._looks = recorder, self._looks and not may_run_whole
             for handle, at in self._steps:
                 if recorder is None:
                     handle(at)
@@ -173,6 +176,7 @@ class Executor:
             if around is not None:
                 around.end_step(self.transport)
             self._end()
+            self._looks = False
         except BaseException as error:
             if around is not None:
                 around.cancel()
@@ -286,6 +290,8 @@ class Executor:
                 # a backward may leave out parameters that a whole one would have reported.
                 only = self._filled == 1 and len(self._stages) == 1 and not self._splits
                 output = stage.forward(i, message, own, only=only, last=i == self._last_backward.get(at.stage))
+            if self._looks:
+                stage.refuse_compiled(output, self.plan.name)
             if stage.is_last:
                 self._outputs[i] = output if self.plan.forward_only else _detached(output)
                 return

@@ -167,13 +167,17 @@ class Inlet:
         return payload
 
     def _receive_bulk(self, length: int, device: torch.device | str) -> Tensor:
-        buffer = torch.empty(length, dtype=torch.uint8, device=device)
         try:
-            self._bulk(buffer).wait()
+            with self._transport.receiving(device):
+                buffer = torch.empty(length, dtype=torch.uint8, device=device)
+                handle = self._bulk(buffer)
+            handle.wait()
         except TransportError:
             raise
         except BROKEN as error:
             raise ConnectionLost(self._sender, "receiving from") from error
+        if buffer.is_cuda:
+            buffer.record_stream(torch.cuda.current_stream(buffer.device))
         return buffer
 
     def _wrong_length(self, length: int, expected: int) -> TransportError:

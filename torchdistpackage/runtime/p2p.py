@@ -27,6 +27,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol, final
@@ -98,6 +99,7 @@ class DistributedTransport(Transport):
         self._sending: dict[int, SendingLink] = {}
         self._receiving: dict[int, ReceivingLink] = {}
         self._ended: list[ReceivingLink] = []
+        self._arrivals: torch.cuda.Stream | None = None
         if edges is not None:
             self._connect()
         atexit.register(_let_sends_finish, weakref.ref(self))
@@ -151,6 +153,19 @@ class DistributedTransport(Transport):
             receiving.close()
         self._ended = list(self._receiving.values())  # senders that do not know yet may go on for a moment
         self._sending, self._receiving = {}, {}
+
+    def receiving(self, device: torch.device | str) -> AbstractContextManager[object]:
+        """A stream of its own for what comes over NCCL.
+
+        NCCL receives behind what its caller's stream has queued. On the stream that computes, that is the forward or
+        backward before: the message would arrive only after it. What computes with the message waits for its arrival,
+        on the device; the host waits for nothing but the header.
+        """
+        if self._edges is None or torch.device(device).type != "cuda":
+            return nullcontext()
+        if self._arrivals is None:
+            self._arrivals = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._arrivals)
 
     def carries_cuda(self) -> bool:
         """True on NCCL."""

@@ -26,6 +26,7 @@ from torchdistpackage.runtime.backward import (
     Roots,
     beginning,
     differentiable_alias,
+    is_compiled,
     loss_root,
     pairs,
     run_backward,
@@ -152,6 +153,19 @@ class Stage:
             asked_for = self.is_last or self._backward_fn is not None or (last and self._watched)
             self._saved[microbatch] = _Saved(leaves, [], output if asked_for else None)
         return output
+
+    def refuse_compiled(self, output: Any, schedule: str) -> None:
+        """Comes after the first forward, before any backward, under a schedule that splits backwards.
+
+        Raises:
+            PipelineError: The stage is compiled.
+        """
+        if is_compiled([leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]):
+            raise PipelineError(
+                f"stage {self.index} is compiled by torch.compile, whose backward runs as a whole, and schedule "
+                f"{schedule!r} runs every backward in two halves. Choose a schedule with whole backwards (1f1b, "
+                "eager-1f1b, interleaved-1f1b, ...), or leave this stage uncompiled"
+            )
 
     def flatten(self, microbatch: int, output: Any) -> Output:
         """Flattens an output that goes on to the next stage, and notes which of its tensors want a gradient."""

@@ -10,6 +10,7 @@ Neighbours: `p2p.py` (torch.distributed) and `loopback.py` (all ranks as threads
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn, Protocol
 
 import torch
@@ -85,6 +86,10 @@ class Transport(ABC):
     def recycle(self, receiver: int, buffer: Tensor) -> None:
         """Takes a frame's memory back: no message of its layout has been sent for a while."""
         return
+
+    def receiving(self, device: torch.device | str) -> AbstractContextManager[object]:
+        """Surrounds the start of a bulk receive into memory of that device."""
+        return nullcontext()
 
     @abstractmethod
     def publish(self, report: FailureReport) -> None:
