@@ -1,6 +1,7 @@
 """CUDA: loopback on one device, host-staged gloo with two ranks on one device, NCCL where there are two devices."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -73,3 +74,63 @@ def test_host_staged_gloo():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_nccl():
     run_distributed(steps, 2, "cpu:gloo,cuda:nccl")
+
+
+@pytest.mark.skipif(not dist.is_nccl_available() or torch.cuda.nccl.version() < (2, 30), reason="needs NCCL 2.30")
+def test_nccl_with_two_ranks_on_one_device():
+    """An experiment of NCCL's; what it shows is that the edges work, not how fast."""
+    env = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "2", "NCCL_NVLS_ENABLE": "0"}
+    run_distributed(steps, 2, "cpu:gloo,cuda:nccl", env=env)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved-1f1b", "zb-h1", "zb-v"])
+def test_a_step_never_waits_for_the_device(name):
+    """torch raises at whatever would make the host wait."""
+    plan = build(name, 2, 4)
+    functions = stage_functions(nn.Sequential(*[nn.Linear(8, 8) for _ in plan.placement.owners]).cuda())
+    inputs = stage_inputs(len(functions), torch.randn(8, 8, device="cuda"), torch.randn(8, 8, device="cuda"))
+    everyone_is_warm = threading.Barrier(2, timeout=20)
+
+    def rank_steps(rank, transport):
+        transport.device = torch.device("cuda", 0)
+        executor = Executor(plan, transport)
+        for _ in range(2):
+            work = [ChunkWork(functions[s], inputs=inputs[s]) for s in plan.placement.local_stages(rank)]
+            executor.run(work)
+            if everyone_is_warm.wait() == 0:
+                torch.cuda.set_sync_debug_mode("error")
+            everyone_is_warm.wait()
+
+    try:
+        assert on_every_rank(2, rank_steps) == [None, None]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def overlap(rank, world):
+    """One rank sends a long message while it computes on; the trace shows both at the same time."""
+    setup_distributed(backend="cpu:gloo,cuda:nccl")
+    tpc.setup_process_groups([("pipe", world)])
+    stage = nn.Sequential(*[nn.Linear(2048, 2048) for _ in range(8)]).cuda()
+    last = tpc.is_last_in_pipeline_group()
+    x = torch.randn(8 * 4096, 2048, device="cuda") if tpc.is_first_in_pipeline_group() else None
+
+    def step():
+        fwd_fn = (lambda h: stage(h).square().mean()) if last else stage
+        forward_backward(fwd_fn=fwd_fn, inputs=x, num_microbatches=8)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    spans = {"nccl": [], "gemm": []}
+    for event in profile.events():
+        for kind, found in spans.items():
+            if kind in event.name.lower():
+                found.append((event.time_range.start, event.time_range.end))
+    return any(a < d and c < b for a, b in spans["nccl"] for c, d in spans["gemm"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_messages_travel_while_stages_compute():
+    assert any(run_distributed(overlap, 2))

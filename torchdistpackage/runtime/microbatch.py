@@ -64,7 +64,8 @@ def slice_inputs(inputs: Any, num_microbatches: int) -> Slices:
         [[tensor([0, 1]), 'note'], [tensor([2]), 'note']]
     """
     arguments = list(inputs) if type(inputs) in (list, tuple) else [] if inputs is None else [inputs]
-    leaves, spec = pytree.tree_flatten(arguments)
+    flat = all(isinstance(argument, Tensor) for argument in arguments)  # the usual case, and its own structure
+    leaves, spec = (arguments, None) if flat else pytree.tree_flatten(arguments)
     cut = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
     for leaf in leaves:
         if not isinstance(leaf, Tensor) and hasattr(leaf, "__array__"):
@@ -87,7 +88,8 @@ def slice_inputs(inputs: Any, num_microbatches: int) -> Slices:
         torch.split(leaf, sizes) if isinstance(leaf, Tensor) and leaf.dim() > 0 else [leaf] * num_microbatches
         for leaf in leaves
     ]
-    return Slices(rows, [pytree.tree_unflatten(list(row), spec) for row in zip(*columns, strict=True)])
+    rows_of = (list(row) for row in zip(*columns, strict=True))
+    return Slices(rows, list(rows_of) if spec is None else [pytree.tree_unflatten(row, spec) for row in rows_of])
 
 
 def merge_outputs(outputs: Sequence[Any], weights: Sequence[float]) -> Any:

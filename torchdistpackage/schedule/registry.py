@@ -313,8 +313,7 @@ def _checked(name: str, num_ranks: Any, num_microbatches: Any, chunks: Any, opti
 
 
 def _check_options(facts: ScheduleFacts, options: dict[str, Any]) -> None:
-    takes = [p for p in inspect.signature(facts.recipe).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    known = {p.name for p in takes} - {"chunks", "waves"}
+    known = _options_of(facts.recipe)
     unknown, missing = sorted(options.keys() - known), sorted(set(facts.needs) - options.keys())
     if unknown or missing:
         raise ScheduleError(
@@ -322,6 +321,12 @@ def _check_options(facts: ScheduleFacts, options: dict[str, Any]) -> None:
             if unknown
             else f"schedule {facts.name!r} needs the option(s) {', '.join(missing)}"
         )
+
+
+@lru_cache(maxsize=64)  # reading a signature takes 30 us, and every step asks
+def _options_of(recipe: Callable[..., Any]) -> frozenset[str]:
+    takes = [p for p in inspect.signature(recipe).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return frozenset(p.name for p in takes) - {"chunks", "waves"}
 
 
 @lru_cache(maxsize=64)
