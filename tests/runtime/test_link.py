@@ -167,10 +167,10 @@ def test_a_message_that_does_not_fit_is_refused(ends):
 def test_a_message_that_comes_late_wakes_the_receiver():
     a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     code = f"import socket, time; time.sleep({20 * link._SPIN}); socket.socket(fileno=0).send(bytes(range(64)))"
+    receiving = ReceivingLink(lambda: b)
     with subprocess.Popen([sys.executable, "-c", code], stdin=a) as child:
         a.close()
-        assert torch.equal(receive(ReceivingLink(lambda: b), 64), numbers(64))
+        assert torch.equal(receive(receiving, 64), numbers(64))
         assert child.wait() == 0
     with pytest.raises(ConnectionResetError, match="ended"):
-        receive(ReceivingLink(lambda: b), 64)
-    b.close()
+        receive(receiving, 64)

@@ -95,3 +95,16 @@ def test_a_forked_worker_does_not_keep_a_connection_alive():
         worker.join(5.0)
     assert worker.exitcode == 0
     assert os.getpid() != worker.pid
+
+
+def test_a_door_that_is_forgotten_closes_everything():
+    before = len(os.listdir("/proc/self/fd"))
+    a, b = doors("one", "one")
+    a.call(1, 0).close()
+    b.answer(0, 0, no_reason).close()
+    a.call(1, 1).close()
+    b._let_in()
+    b._look_after(0)
+    assert len(os.listdir("/proc/self/fd")) > before
+    del a, b
+    assert len(os.listdir("/proc/self/fd")) == before

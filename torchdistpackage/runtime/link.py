@@ -167,6 +167,9 @@ class SendingLink:
         for segment in self._segments.values():
             segment.close()
 
+    def __del__(self) -> None:
+        self.close()
+
     def _send_pieces(self, buffer: Tensor) -> None:
         self._put(_WORD.pack(_PIECES, 0, buffer.numel()))
         for piece in torch.split(buffer, INLINE):
@@ -292,6 +295,9 @@ class ReceivingLink:
         """Ends the connection; the sender is told at its next message."""
         if self._socket is not None:
             self._socket.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def _next(self, memory: object) -> int:
         length = self._asked(memory) or self._receive_into(memory)  # type: ignore[arg-type]

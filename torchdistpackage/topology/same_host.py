@@ -56,11 +56,11 @@ class Door:
         address = f"torchdistpackage-{secrets.token_hex(16)}"
         self.notice = json.dumps({"machine": machine, "address": address})
         self.notices: Sequence[str] = ()
+        self._called: dict[tuple[int, int], socket.socket] = {}
+        self._watched: dict[int, socket.socket] = {}
         self._listener = _socket()
         self._listener.bind(f"\0{address}")  # an abstract address: no file is left behind
         self._listener.listen(1024)
-        self._called: dict[tuple[int, int], socket.socket] = {}
-        self._watched: dict[int, socket.socket] = {}
 
     def reaches(self, rank: int) -> bool:
         """Whether another rank is on this machine."""
@@ -78,9 +78,13 @@ class Door:
             OSError: It is gone.
         """
         end = _socket()
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        end.connect(f"\0{json.loads(self.notices[rank])['address']}")
-        end.send(_HELLO.pack(self._rank, epoch))
+        try:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+            end.connect(f"\0{json.loads(self.notices[rank])['address']}")
+            end.send(_HELLO.pack(self._rank, epoch))
+        except OSError:
+            end.close()
+            raise
         return end
 
     def answer(self, rank: int, epoch: int, check: Callable[[], None]) -> socket.socket:
@@ -103,6 +107,10 @@ class Door:
             self._look_after(rank)
             check()
         return self._called.pop((rank, epoch))
+
+    def __del__(self) -> None:
+        for end in (self._listener, *self._called.values(), *self._watched.values()):
+            end.close()
 
     def _look_after(self, rank: int) -> None:
         """Keeps a connection on which nothing is sent: it tells when the other process ends."""
