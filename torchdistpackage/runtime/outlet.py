@@ -13,7 +13,7 @@ from torchdistpackage.errors import TransportError
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.edge import BROKEN, COPIED, MAX_LAYOUTS, MIN_SLOT, Handle, Key, Mover
 from torchdistpackage.runtime.failure import ConnectionLost, FailureReport
-from torchdistpackage.runtime.message import ALIGNMENT, Frame, Header, Kind, Layout
+from torchdistpackage.runtime.message import ALIGNMENT, Frame, Header, Kind, Layout, Travel
 from torchdistpackage.runtime.repeats import Repeats
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torchdistpackage.runtime.transport import Transport
 
 __all__ = ["Outlet"]
+
+_KEPT = int(Travel.KEPT)
 
 
 class _Known:
@@ -125,7 +127,11 @@ class Outlet:
             travels = self._repeats.travels((kind, stage), leaves) if repeats else (0,) * len(leaves)
             if known is None or not known.fits(leaves, spec, travels):
                 known = self._find(leaves, spec, travels)
-            leaves = [leaf for leaf, t in zip(leaves, travels, strict=True) if isinstance(leaf, Tensor) and t < 2]
+            leaves = [
+                leaf
+                for leaf, travel in zip(leaves, travels, strict=True)
+                if isinstance(leaf, Tensor) and travel != _KEPT
+            ]
             self._recent[kind, stage] = known
         elif known is None or not wire.is_like(leaves[0], known.only):
             known = self._recent[kind, stage] = self._find(leaves, None, (0,))

@@ -7,9 +7,9 @@
                  a sends on its end of the socket                                           b reads from its end
 
 Whether two ranks share a machine is not guessed from host names: the kernel's boot id and the network namespace, in
-which the addresses live, must be the same (two containers have the same boot id but not each other's sockets). Only
-processes of the same user are let in. Where the system has no such sockets (they are Linux's) no rank has a door, and
-every message takes the process group's way. Neighbours: `runtime/link.py` moves messages over these sockets.
+which the addresses live, must be the same (two containers have the same boot id but not each other's sockets), and the
+user: only processes of the same one are let in. Where the system has no such sockets (they are Linux's) no rank has a
+door, and every message takes the process group's way. Neighbours: `runtime/link.py` moves messages over these sockets.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def _open(rank: int) -> Door | None:
         return None
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return Door(rank, f"{boot} {os.stat('/proc/self/ns/net').st_ino} {os.getuid()}")
+        namespaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "user")]
+        return Door(rank, f"{boot} {namespaces} {os.getuid()}")
     except OSError:  # not allowed here
         return None
 
