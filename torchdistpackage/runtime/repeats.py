@@ -68,10 +68,10 @@ class Repeats:
         last, learnt = self._last.setdefault(place, {}), self._learnt.setdefault(place, set())
         found = []
         for at, leaf in enumerate(leaves):
-            travel = int(Travel.ALWAYS)
+            travel: int = Travel.ALWAYS
             if isinstance(leaf, Tensor) and not leaf.requires_grad and not leaf.is_inference():
                 travel = self._travel(at, leaf, last, learnt)
-            found.append(travel)
+            found.append(int(travel))
         return tuple(found)
 
     def _travel(self, at: int, leaf: Tensor, last: dict[int, _Value], learnt: set[int]) -> int:
