@@ -67,7 +67,7 @@ def mixed_doors(rank, world):
     """Rank 1 has no door, as if it were on another machine: its edges are gloo's, the others are links."""
     start(world)
     door = tpc.get_door()
-    door.notices = [notice if at != 1 else "" for at, notice in enumerate(door.notices)]
+    door.notices = [notice if at != 1 else None for at, notice in enumerate(door.notices)]
     board = None if rank == 1 else door
     transport = DistributedTransport(tpc.get_control_group("pipe"), device=torch.device("cpu"), switchboard=board)
     layers = make_layers(world)

@@ -18,7 +18,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.schedule import Action, CostModel, Op, Plan, Span, Timeline, simulate
+from torchdistpackage.topology.exchange import gather_json
 
 __all__ = ["MeasuredStep", "measure_step", "stage_costs"]
 
@@ -41,6 +43,12 @@ class _Record:
     spans: list[tuple[str, float, float]]
     activation_bytes: dict[int, int]
     message_bytes: dict[int, int]
+
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> _Record:
+        """From what JSON makes of it."""
+        sizes = ({int(s): size for s, size in said[name].items()} for name in ("activation_bytes", "message_bytes"))
+        return cls(said["spans"], *sizes)
 
 
 @dataclass(frozen=True)
@@ -96,9 +104,7 @@ def measure_step(transport: Transport, group: dist.ProcessGroup | None, plan: Pl
         recorder.activation_bytes,
         recorder.message_bytes,
     )
-    everyone = [mine] * transport.num_ranks
-    if group is not None:
-        dist.all_gather_object(everyone, mine, group=group)
+    everyone = [mine] if group is None else [_Record.of(said) for said in gather_json(asdict(mine), group)]
     # The step begins with the first computation: a rank may have come early and waited for the others before that.
     computing = (start for record in everyone for text, start, _ in record.spans if Action.parse(text).op.is_compute)
     origin = min(computing, default=0.0)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from torchdistpackage.errors import SplitError
@@ -252,19 +251,20 @@ def _costs(
 def _times_of_the_first_rank(row: list[nn.Module], example_input: Any) -> tuple[float, ...]:
     """What one rank measures, for all. An error goes round as well: the others would wait for ever."""
     from torchdistpackage.topology import tpc
+    from torchdistpackage.topology.exchange import broadcast_json
 
     # First to the first ranks of the replicas, whose stages must be alike, then down each pipeline.
     modes = [mode for mode in ("data", "tensor", "pipe") if tpc.is_mode_inited(mode)]
-    box: list[tuple[float, ...] | str] = [""]
+    found: Any = ""
     cause: Exception | None = None
     if all(tpc.get_group_rank(mode) == 0 for mode in modes):
         try:
-            box = [layer_costs(row, "time", example_input)]
+            found = layer_costs(row, "time", example_input)
         except Exception as error:
-            cause, box = error, [str(error)]
+            cause, found = error, str(error)
     for mode in modes:
         group = tpc.get_control_group(mode)
-        dist.broadcast_object_list(box, src=tpc.get_ranks_in_group(mode)[0], group=group)
-    if isinstance(box[0], str):
-        raise SplitError(f"the first rank of the pipeline could not measure the layers: {box[0]}") from cause
-    return box[0]
+        found = broadcast_json(found, group)
+    if isinstance(found, str):
+        raise SplitError(f"the first rank of the pipeline could not measure the layers: {found}") from cause
+    return tuple(found)

@@ -43,6 +43,7 @@ from torchdistpackage.schedule import (
     split_backwards,
     without_communication,
 )
+from torchdistpackage.topology.exchange import broadcast_json
 
 __all__ = ["AutoPlan", "is_auto", "leanest_plan", "placement_of", "resolve_plan"]
 
@@ -252,7 +253,7 @@ class AutoPlan:
     def _make(self, samples: list[MeasuredStep]) -> Plan:
         """Plans on the first rank and gives every rank the result; an error goes round as well."""
         costs = stage_costs(samples, self._whole.placement.num_stages)
-        box: list[Any] = [None]
+        found: Any = None
         first = self._transport.rank == 0
         if first and all(dist.get_rank(group) == 0 for group in self._replicas):
             try:
@@ -263,15 +264,15 @@ class AutoPlan:
                     self._memory_limit,
                     placement=self._whole.placement,
                 )
-                box = [(planned.plan.name, planned.plan.to_csv())]
+                found = [planned.plan.name, planned.plan.to_csv()]
                 _log.info("planned %s: %.1f %% above the lower bound", planned.plan.name, 100 * (planned.ratio - 1))
             except ScheduleError as error:
-                box = [str(error)]
+                found = str(error)
         for group in [*(self._replicas if first else ()), *([] if self._group is None else [self._group])]:
-            dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
-        if isinstance(box[0], str):
-            raise ScheduleError(f"no schedule could be planned: {box[0]}")
-        name, text = box[0]
+            found = broadcast_json(found, group)
+        if isinstance(found, str):
+            raise ScheduleError(f"no schedule could be planned: {found}")
+        name, text = found
         return complete(Plan.from_csv(text, name=f"auto: {name}"))
 
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -31,6 +30,7 @@ from torchdistpackage.errors import SplitError
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.topology import tpc
+from torchdistpackage.topology.exchange import gather_json
 
 __all__ = ["TiedParameters", "tie_parameters", "ties"]
 
@@ -214,9 +214,8 @@ def tie_parameters(name: str, parameter: nn.Parameter | None) -> None:
     """
     if tpc.get_pp_size() == 1:
         return
-    mine = None if parameter is None else (tuple(parameter.shape), str(parameter.dtype))
-    everyone: list[Any] = [None] * tpc.get_pp_size()
-    dist.all_gather_object(everyone, (name, mine), group=tpc.get_control_group("pipe"))
+    mine = None if parameter is None else f"{tuple(parameter.shape)} {parameter.dtype}"
+    everyone = gather_json([name, mine], tpc.get_control_group("pipe"))
     if len({other for other, _ in everyone}) > 1:
         raise SplitError(f"ranks tie different parameters at the same time: {[other for other, _ in everyone]}")
     holders = [rank for rank, (_, kind) in enumerate(everyone) if kind is not None]

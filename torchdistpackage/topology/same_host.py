@@ -14,7 +14,6 @@ door, and every message takes the process group's way. Neighbours: `runtime/link
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import select
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import final
 
 import torch.distributed as dist
+
+from torchdistpackage.topology.exchange import gather_json
 
 __all__ = ["Door", "open_door"]
 
@@ -48,14 +49,14 @@ class Door:
         machine: What tells machines apart.
 
     Attributes:
-        notices: What every rank has said of its door; "" from one that has none.
+        notices: What every rank has said of its door; None from one that has none.
     """
 
     def __init__(self, rank: int, machine: str) -> None:
         self._rank, self._machine = rank, machine
         address = f"torchdistpackage-{secrets.token_hex(16)}"
-        self.notice = json.dumps({"machine": machine, "address": address})
-        self.notices: Sequence[str] = ()
+        self.notice = {"machine": machine, "address": address}
+        self.notices: Sequence[dict[str, str] | None] = ()
         self._called: dict[tuple[int, int], socket.socket] = {}
         self._watched: dict[int, socket.socket] = {}
         self._listener = _socket()
@@ -65,7 +66,7 @@ class Door:
     def reaches(self, rank: int) -> bool:
         """Whether another rank is on this machine."""
         notice = self.notices[rank]
-        return bool(notice) and json.loads(notice)["machine"] == self._machine
+        return notice is not None and notice["machine"] == self._machine
 
     def call(self, rank: int, epoch: int = _WATCHING) -> socket.socket:
         """Connects to another rank of this machine, which need not have answered yet.
@@ -80,7 +81,9 @@ class Door:
         end = _socket()
         try:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-            end.connect(f"\0{json.loads(self.notices[rank])['address']}")
+            notice = self.notices[rank]
+            assert notice is not None, "ask reaches() before"
+            end.connect(f"\0{notice['address']}")
             end.send(_HELLO.pack(self._rank, epoch))
         except OSError:
             end.close()
@@ -149,8 +152,7 @@ def open_door(group: dist.ProcessGroup, *, wanted: bool = True) -> Door | None:
     if group.size() == 1 or "fake" in dist.get_backend_config(group):
         return None
     door = _open(group.rank()) if wanted else None
-    notices: list[str] = [""] * group.size()
-    dist.all_gather_object(notices, "" if door is None else door.notice, group=group)
+    notices = gather_json(None if door is None else door.notice, group)
     if door is not None:
         door.notices = notices
     return door
