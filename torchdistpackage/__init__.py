@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from torchdistpackage.parallel import (
         DDP,
+        PipelineGradScaler,
         clip_grad_norm_,
         draw_last_step,
         flat_and_partition,
@@ -59,8 +60,8 @@ _HOME = {
         "TransportError"
     ),
     "torchdistpackage.parallel": (
-        "DDP clip_grad_norm_ draw_last_step flat_and_partition flatten_model flatten_sequence forward_backward "
-        "forward_eval last_plan last_timeline partition_balanced partition_chunks partition_uniform "
+        "DDP PipelineGradScaler clip_grad_norm_ draw_last_step flat_and_partition flatten_model flatten_sequence "
+        "forward_backward forward_eval last_plan last_timeline partition_balanced partition_chunks partition_uniform "
         "profile_stage_costs tie_parameters"
     ),
     "torchdistpackage.split": "load_whole_model_state_dict whole_model_names whole_model_state_dict",
@@ -77,6 +78,7 @@ __all__ = [
     "DeadlockError",
     "ParallelContext",
     "PipelineError",
+    "PipelineGradScaler",
     "ScheduleError",
     "SplitError",
     "TopologyError",

@@ -65,7 +65,28 @@ class TransportError(TorchDistError, RuntimeError):
 
 
 class PipelineError(TorchDistError, RuntimeError):
-    """A pipelined step failed, here or on another rank; the message names rank, stage, action and cause."""
+    """A pipelined step failed, here or on another rank; the message names rank, stage, action and cause.
+
+    Where another rank failed, the attributes say so, too; else they are None.
+
+    Attributes:
+        global_rank: The rank that failed.
+        action: What it was doing: an action of the plan (`"1F2"`), or a few words.
+        stage: Stage of the action.
+        microbatch: Micro-batch of the action.
+
+    Example:
+        >>> try:
+        ...     raise PipelineError("rank 1 of the pipeline (global rank 5) failed ...")
+        ... except PipelineError as error:
+        ...     print(error.global_rank)
+        None
+    """
+
+    global_rank: int | None = None
+    action: str | None = None
+    stage: int | None = None
+    microbatch: int | None = None
 
 
 class CheckpointError(TorchDistError, RuntimeError):

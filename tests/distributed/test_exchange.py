@@ -9,7 +9,9 @@ from torchdistpackage.topology.exchange import broadcast_json, gather_json
 def exchange(rank, world):
     dist.init_process_group("gloo")
     values = [None, "ü" * 1000, {"1": [0.1, float("inf")]}]
-    return gather_json(values[rank], dist.group.WORLD), broadcast_json(values[2] if rank == 0 else None, dist.group.WORLD)
+    return gather_json(values[rank], dist.group.WORLD), broadcast_json(
+        values[2] if rank == 0 else None, dist.group.WORLD
+    )
 
 
 def test_values_of_any_length_arrive_as_they_were():

@@ -66,7 +66,7 @@ def test_a_rank_may_be_a_thousand_messages_ahead():
 def mixed_doors(rank, world):
     """Rank 1 has no door, as if it were on another machine: its edges are gloo's, the others are links."""
     start(world)
-    door = tpc.get_door()
+    door = tpc.links.pipe.door
     door.notices = [notice if at != 1 else None for at, notice in enumerate(door.notices)]
     board = None if rank == 1 else door
     transport = DistributedTransport(tpc.get_control_group("pipe"), device=torch.device("cpu"), switchboard=board)

@@ -102,7 +102,10 @@ def test_ranks_that_run_different_plans_are_told_both():
     a.begin_step("schedule '1f1b', 4 micro-batches", training=True)
     b.begin_step("schedule 'gpipe', 8 micro-batches", training=True)
     a.outlet(1).send(Kind.FORWARD, 0, 0, 8, [torch.ones(1)], None)
-    with pytest.raises(PipelineError, match="rank 1 runs schedule 'gpipe', 8 .* rank 0 runs schedule '1f1b', 4"):
+    with pytest.raises(
+        PipelineError,
+        match="rank 1 of the pipeline runs schedule 'gpipe', 8 .* rank 0 of the pipeline runs schedule '1f1b', 4",
+    ):
         b.inlet(0).take(Kind.FORWARD, 0, 0)
 
 

@@ -43,7 +43,10 @@ def test_every_rank_raises_and_names_the_cause(name, bad, forward_only):
     for rank, result in enumerate(results):
         assert isinstance(result, Planted if rank == bad else PipelineError), (rank, result)
         if rank != bad:
-            assert f"rank {bad} of the pipeline (global rank {bad}) failed at {stage}F1: Planted(" in str(result)
+            assert (
+                f"(global rank {bad}) failed at {stage}F1 (forward of micro-batch 1 on stage {stage}): Planted("
+                in str(result)
+            )
             assert "test_failure.py" in str(result), "the traceback of the other rank"
         else:
             assert f">>{stage}F1<<" in "".join(result.__notes__)

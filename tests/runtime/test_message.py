@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import TransportError
+from torchdistpackage.runtime.layout import Layout
 from torchdistpackage.runtime.loopback import loopback
-from torchdistpackage.runtime.message import Kind, Layout, flatten, read_header
+from torchdistpackage.runtime.message import Kind, flatten, read_header
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool]
 DTYPES += [torch.complex64, torch.uint8]

@@ -2,6 +2,7 @@
 
 from torchdistpackage.parallel.clip_grad_parallel import clip_grad_norm_
 from torchdistpackage.parallel.data_parallel import DDP
+from torchdistpackage.parallel.grad_scaler import PipelineGradScaler
 from torchdistpackage.parallel.pipeline_helper import (
     CallableModule,
     flat_and_partition,
@@ -19,6 +20,7 @@ from torchdistpackage.parallel.tied_parameters import tie_parameters
 __all__ = [
     "DDP",
     "CallableModule",
+    "PipelineGradScaler",
     "clip_grad_norm_",
     "draw_last_step",
     "flat_and_partition",

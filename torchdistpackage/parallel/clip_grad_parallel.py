@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.process_groups import communication_device
@@ -51,6 +52,7 @@ def clip_grad_norm_(
     Raises:
         ValueError: norm_type is not positive.
         RuntimeError: The norm is not finite and `error_if_nonfinite` is set.
+        PipelineError: Another rank has failed.
         TopologyError: Process groups have not been set up.
 
     Example:
@@ -68,7 +70,9 @@ def clip_grad_norm_(
     elsewhere = {id(p) for p in own if tied.counts_elsewhere(p)}
     if tpc.get_group_size("tensor") > 1 and tpc.get_group_rank("tensor") > 0:
         elsewhere |= {id(p) for p in replicated}
-    total = _total_norm([p.grad for p in with_grad if id(p) not in elsewhere and p.grad is not None], own, norm_type)
+    with guarded("clip_grad_norm_"):
+        counted = [p.grad for p in with_grad if id(p) not in elsewhere and p.grad is not None]
+        total = _total_norm(counted, own, norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"the total norm of order {norm_type} of the gradients is {total.item()}, on every rank; find the layer "

@@ -16,7 +16,7 @@ Neighbours: `pipeline_sched.py` hands a reducer to each stage; `runtime/stage.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -80,10 +80,13 @@ class DistributedDataParallelReducer:
 
     Args:
         modules: The modules, if known: then nothing is searched.
+        agree: Returns when all replicas are about to reduce; raises if one of them has failed.
     """
 
-    def __init__(self, modules: Sequence[DistributedDataParallel] | None = None) -> None:
-        self._modules = modules
+    def __init__(
+        self, modules: Sequence[DistributedDataParallel] | None = None, agree: Callable[[], None] | None = None
+    ) -> None:
+        self._modules, self._agree = modules, agree
         self._family = [self]
         self._together: list[DistributedDataParallelReducer] = []
         self._complete = False
@@ -93,17 +96,18 @@ class DistributedDataParallelReducer:
 
     @classmethod
     def of_chunks(
-        cls, modules: Sequence[Sequence[DistributedDataParallel] | None]
+        cls, modules: Sequence[Sequence[DistributedDataParallel] | None], agree: Callable[[], None] | None = None
     ) -> list[DistributedDataParallelReducer]:
         """The reducers of all chunks of this rank for one step, which know of each other.
 
         Args:
             modules: One entry a chunk: its modules, or None to find them.
+            agree: Comes once a step, before the first reduction; see `replicas.py`.
 
         Example:
             >>> first, second = DistributedDataParallelReducer.of_chunks([None, None])
         """
-        reducers = [cls(known) for known in modules]
+        reducers = [cls(known, agree) for known in modules]
         for reducer in reducers:
             reducer._family = reducers
         return reducers
@@ -126,6 +130,8 @@ class DistributedDataParallelReducer:
     def arm(self, output: Any, parameters: frozenset[int] | None = None) -> None:
         """Comes right before the last backward: from here on gradients are reduced as they become ready.
 
+        No replica reduces before all have come here.
+
         By then the first forward of every chunk of this rank has run, because what a backward starts from went through
         all stages. A chunk that shares a parameter with another one is not armed but reduced by `finish`.
 
@@ -135,6 +141,10 @@ class DistributedDataParallelReducer:
             parameters: If the backward is split, the ids of the parameters that its second half still reaches; the
                 others have all that they get, and `finish` says so to torch's reducer.
         """
+        if self._quiet and self._agree is not None:
+            self._agree()
+            for reducer in self._family:
+                reducer._agree = None
         self._reached, self._output = parameters, output
         self._together = self._connected()
         if len(self._together) == 1:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def forward_backward(
     broadcast_loss: bool = False,
     data_parallel: DistributedDataParallel | Sequence[DistributedDataParallel] | None = None,
     record_timeline: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Any:
     """Runs the forward and backward of one batch through the pipeline; `.grad` is then as after a plain step.
 
@@ -93,6 +95,8 @@ def forward_backward(
             None to find them.
         record_timeline: Measure when every action of this step ran on every rank, on one clock: see `last_timeline` and
             `draw_last_step`.
+        scaler: Scales the loss for float16, on the stage that has it: a `PipelineGradScaler`, on every rank. What is
+            returned is not scaled; a `bwd_fn` of the last stage gets the scaled loss.
 
     Returns:
         On the rank of the last stage the batch's loss, detached, or with `forward_only` and outputs that are not
@@ -115,27 +119,27 @@ def forward_backward(
     kept = current_state()
     size = kept.transport.num_ranks
     transport, tied = kept.transport, ties()
-    shared_by = ", loss on every rank" if broadcast_loss else ""
-    try:
+    agreed = _agreed(
+        loss_reduction, broadcast_loss, dtype, scatter_gather_tensors, record_timeline, is_auto(schedule), scaler
+    )
+    with transport.guard("the arguments of forward_backward"):
         _check_arguments(optimizer, fwd_fn, bwd_fn, loss_reduction, dtype)
         auto = _auto(kept, schedule, num_microbatches, fwd_fn, memory_limit)
         plan = _plan(auto, schedule, size, num_microbatches, forward_only, fwd_fn, inputs)
         executor = kept.executor(plan)
         shard = _tensor_shard(scatter_gather_tensors)
-        work = _chunks(plan, transport.rank, fwd_fn, bwd_fn, inputs, data_parallel)
+        work = _chunks(kept, plan, fwd_fn, bwd_fn, inputs, data_parallel, scaler)
         planning = auto is not None and not forward_only
         recorder = auto.recorder() if auto is not None and planning else None
         if record_timeline and recorder is None:
             recorder = Recorder(transport.device)
         if optimizer is not None:
             optimizer.zero_grad()
-    except BaseException as error:
-        transport.fail(error, "the arguments of forward_backward")
     with torch.set_grad_enabled(not forward_only and torch.is_grad_enabled()):
         result = executor.run(
             work,
             mean=loss_reduction == "mean",
-            signature=f", {loss_reduction} of losses{shared_by}",
+            signature=agreed,
             wire_dtype=dtype,
             shard=shard,
             around=tied,
@@ -211,8 +215,27 @@ def _count(fwd_fn: Any) -> int | None:
     return len(fwd_fn) if isinstance(fwd_fn, (list, tuple)) else None
 
 
-def _chunks(plan: Plan, rank: int, fwd_fn: Any, bwd_fn: Any, inputs: Any, data_parallel: Any) -> list[ChunkWork]:
+def _agreed(
+    loss_reduction: str, shared: bool, dtype: Any, scattered: bool, recorded: bool, planned: bool, scaler: Any
+) -> str:
+    """What every rank must have asked for alike, besides the plan, in words for the error if one has not."""
+    words = [
+        f"{loss_reduction} of losses",
+        *(["loss on every rank"] if shared else []),
+        *([f"messages in {dtype}"] if dtype is not None else []),
+        *(["scattered messages"] if scattered else []),
+        *(["a recorded timeline"] if recorded else []),
+        *(["planned"] if planned else []),
+        *(["scaled"] if scaler is not None else []),
+    ]
+    return "".join(f", {word}" for word in words)
+
+
+def _chunks(
+    kept: PipelineState, plan: Plan, fwd_fn: Any, bwd_fn: Any, inputs: Any, data_parallel: Any, scaler: Any
+) -> list[ChunkWork]:
     """One entry for each stage of this rank; with one chunk a rank `fwd_fn` and `inputs` are that entry."""
+    rank = kept.transport.rank
     stages = plan.placement.local_stages(rank)
     count = len(stages)
     several = isinstance(fwd_fn, (list, tuple))
@@ -227,30 +250,36 @@ def _chunks(plan: Plan, rank: int, fwd_fn: Any, bwd_fn: Any, inputs: Any, data_p
             f"function(s), and inputs None or a list of {count} entries (None where a stage has none), in this order; "
             f"got {len(functions)} function(s) and {_amount(inputs)}"
         )
+    scale = None if scaler is None else scaler.scale
     return [
-        ChunkWork(function, backward, mine, reducer)
+        ChunkWork(function, backward, mine, reducer, scale)
         for function, backward, mine, reducer in zip(
-            functions, backwards, own, _reducers(plan, count, data_parallel), strict=True
+            functions, backwards, own, _reducers(kept, plan, count, data_parallel), strict=True
         )
     ]
 
 
-def _reducers(plan: Plan, count: int, given: Any) -> Sequence[DistributedDataParallelReducer | None]:
+def _reducers(
+    kept: PipelineState, plan: Plan, count: int, given: Any
+) -> Sequence[DistributedDataParallelReducer | None]:
     """What reduces the gradients of each chunk over its replicas."""
+    of_chunks = partial(
+        DistributedDataParallelReducer.of_chunks, agree=None if kept.replicas is None else kept.replicas.agree
+    )
     # Without replicas there is nothing to find, except for a wrapper around the one replica of a "data" dimension.
     replicas = tpc._is_inited("data") or (dist.is_initialized() and dist.get_world_size() > plan.placement.num_ranks)
     if given is None:
-        return DistributedDataParallelReducer.of_chunks([None] * count) if replicas else [None] * count
+        return of_chunks([None] * count) if replicas else [None] * count
     modules = list(given) if isinstance(given, (list, tuple)) else [given]
     if count == 1:
-        return DistributedDataParallelReducer.of_chunks([modules])
+        return of_chunks([modules])
     if len(modules) != count:
         raise PipelineError(
             f"data_parallel has {len(modules)} entries for {count} stages of this rank; pass one a stage, each a "
             "module, a list of modules, or None, or leave data_parallel out to have them found"
         )
     listed = [list(entry) if isinstance(entry, (list, tuple)) else [entry] if entry else [] for entry in modules]
-    return DistributedDataParallelReducer.of_chunks(listed)
+    return of_chunks(listed)
 
 
 def _amount(inputs: Any) -> str:
@@ -270,20 +299,18 @@ def _after_recording(
     kept: PipelineState, plan: Plan, recorder: Recorder | None, auto: AutoPlan | None, wanted: bool
 ) -> None:
     """What a recorded step is good for: the next plan, and `last_timeline`. Collective over the pipeline."""
-    try:
+    with kept.transport.guard("what follows a recorded step"):
         measured = None if recorder is None else measure_step(kept.transport, kept.control, plan, recorder)
         if auto is not None:
             auto.end(measured)
         if measured is not None and wanted:
             kept.step = measured
-    except BaseException as error:
-        kept.transport.fail(error, "what follows a recorded step")
 
 
 def _shared(transport: Transport, plan: Plan, value: Any) -> Any:
     """Passes the loss rank's value on, from neighbour to neighbour in both directions, to every rank."""
     rank, source = transport.rank, plan.placement.loss_rank
-    try:
+    with transport.guard("sharing the loss"):
         if rank != source:
             sender = rank + 1 if rank < source else rank - 1
             message = transport.inlet(sender).take(Kind.VALUE, source, 0)
@@ -292,8 +319,6 @@ def _shared(transport: Transport, plan: Plan, value: Any) -> Any:
         for receiver in (rank - 1, rank + 1):
             if 0 <= receiver < transport.num_ranks and abs(receiver - source) > abs(rank - source):
                 transport.outlet(receiver).send(Kind.VALUE, source, 0, 0, *flatten(value))
-    except BaseException as error:
-        transport.fail(error, "sharing the loss")
     return value
 
 

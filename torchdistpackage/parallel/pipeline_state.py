@@ -7,6 +7,8 @@ It belongs to the pipeline group that is set up now; another `setup_process_grou
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +17,20 @@ import torch.distributed as dist
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.measure import MeasuredStep
+from torchdistpackage.parallel.replicas import Replicas
 from torchdistpackage.parallel.step_plan import AutoPlan
+from torchdistpackage.runtime.board import StoreBoard
 from torchdistpackage.runtime.executor import Executor
 from torchdistpackage.runtime.loopback import loopback
 from torchdistpackage.runtime.p2p import DistributedTransport
 from torchdistpackage.runtime.transport import Transport
+from torchdistpackage.runtime.watch import Watch
+from torchdistpackage.runtime.watchdog import Watchdog
 from torchdistpackage.schedule import Plan, Timeline
 from torchdistpackage.topology import tpc
+from torchdistpackage.topology.pipeline_links import PipelineLinks
 
-__all__ = ["PipelineState", "current_state", "draw_last_step", "last_plan", "last_timeline"]
+__all__ = ["PipelineState", "current_state", "guarded", "draw_last_step", "last_plan", "last_timeline"]
 
 _MOST_PLANS = 64  # a caller with a new number of micro-batches every step must not fill the memory
 
@@ -33,22 +40,27 @@ class PipelineState:
     """One pipeline group, seen from this rank.
 
     Attributes:
-        group: The group; None for a pipeline of one rank.
-        control: The group that moves CPU tensors.
-        transport: This rank's.
+        links: How this rank reaches the others.
+        transport: To the ranks of its pipeline.
+        replicas: The replicas of its stages; None if there are none.
         executors: One for each plan that was run.
         planners: One for each kind of step that is planned from measured costs.
         plan: What the last step ran.
         step: What was last recorded.
     """
 
-    group: dist.ProcessGroup | None
-    control: dist.ProcessGroup | None
+    links: PipelineLinks
     transport: Transport
+    replicas: Replicas | None
     executors: dict[Plan, Executor] = field(default_factory=dict)
     planners: dict[Any, AutoPlan] = field(default_factory=dict)
     plan: Plan | None = None
     step: MeasuredStep | None = None
+
+    @property
+    def control(self) -> dist.ProcessGroup | None:
+        """The pipeline's group that moves CPU tensors; None for a pipeline of one rank."""
+        return None if self.links.pipe is None else self.links.pipe.control
 
     def executor(self, plan: Plan) -> Executor:
         """The executor of a plan, made once."""
@@ -69,16 +81,51 @@ def current_state() -> PipelineState:
     Raises:
         TopologyError: Process groups have not been set up.
     """
-    size = tpc.get_pp_size()
-    group = tpc.get_group("pipe") if size > 1 else None
-    control = tpc.get_control_group("pipe") if size > 1 else None
-    if not _kept or _kept[0].group is not group:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        transport: Transport = loopback(1, device=device)[0]
-        if control is not None:
-            transport = DistributedTransport(control, tpc.get_edge_groups(), device=device, switchboard=tpc.get_door())
-        _kept[:] = [PipelineState(group, control, transport)]
+    links = tpc.links
+    if not _kept or _kept[0].links is not links:
+        _kept[:] = [_connected(links)]
     return _kept[0]
+
+
+@contextmanager
+def guarded(action: str) -> Iterator[None]:
+    """Surrounds a collective of this library beside the steps: if a rank fails, all say which, as in a step.
+
+    Args:
+        action: What it is, for messages to people.
+    """
+    with current_state().transport.guard(action):
+        yield
+
+
+def _connected(links: PipelineLinks) -> PipelineState:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    watchdog = None
+    if links.pipe is not None or links.replicas is not None:
+        store = dist.distributed_c10d._get_default_store()
+        watchdog = Watchdog(
+            Watch(),
+            StoreBoard(store, f"torchdistpackage/{links.number}"),  # one board for all pipelines of this set-up
+            ranks=tpc.get_ranks_in_group("pipe"),
+            rank=tpc.get_pp_rank(),
+            patience=links.watchdog,
+            world_size=dist.get_world_size(),
+            interrupt=links.interrupt,
+        )
+    transport: Transport = loopback(1, device=device, watchdog=watchdog)[0]
+    if links.pipe is not None:
+        transport = DistributedTransport(
+            links.pipe.control, links.edges, device=device, switchboard=links.pipe.door, watchdog=watchdog
+        )
+    replicas = None
+    if links.replicas is not None:
+        replicas = Replicas(
+            DistributedTransport(
+                links.replicas.control, device=device, switchboard=links.replicas.door, watchdog=watchdog
+            )
+        )
+        transport.companions.append(replicas.transport)
+    return PipelineState(links, transport, replicas)
 
 
 def last_plan() -> Plan | None:

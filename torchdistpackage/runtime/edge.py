@@ -28,12 +28,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["BROKEN", "COPIED", "MAX_DESCRIPTION", "MAX_FRAME", "MAX_LAYOUTS", "MIN_SLOT", "Handle", "Key", "Mover"]
+__all__ = ["BROKEN", "COPIED", "MAX_DESCRIPTION", "MAX_LAYOUTS", "MIN_SLOT", "Handle", "Key", "Mover"]
 
 MIN_SLOT = 4096  # bytes; has room for a failure report
 MAX_LAYOUTS = 1024  # then numbers start again: a new sequence length every batch must not grow a table for ever
 MAX_DESCRIPTION = 1 << 24
-MAX_FRAME = 1 << 40
 BROKEN = (RuntimeError, OSError)  # what torch.distributed and what sockets raise when the other end is gone
 
 Key = tuple[int, int, int]  # kind, the sender's stage, micro-batch

@@ -18,7 +18,7 @@ and a step ends with all of them empty. Neighbours: `program.py` resolves the pl
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, final
@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError, TransportError
+from torchdistpackage.runtime import layout as layouts
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.backward import BackwardFn
 from torchdistpackage.runtime.edge import Key
-from torchdistpackage.runtime.message import Kind, Layout, Message
+from torchdistpackage.runtime.layout import Layout
+from torchdistpackage.runtime.message import Kind, Message
 from torchdistpackage.runtime.microbatch import Slices, microbatch_sizes, slice_inputs
 from torchdistpackage.runtime.program import Instruction, compile_program
 from torchdistpackage.runtime.recorder import Recorder
@@ -52,12 +54,14 @@ class ChunkWork:
         backward_fn: The user's backward, or None for torch's.
         inputs: The chunk's own inputs, for the whole batch.
         reducer: Reduces its gradients over data-parallel replicas.
+        scale: Scales the loss that its backward starts from, if it is the last one.
     """
 
     forward_fn: ForwardFn
     backward_fn: BackwardFn | None = None
     inputs: Any = None
     reducer: GradientReducer | None = None
+    scale: Callable[[Tensor], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,22 +164,26 @@ class Executor:
                 with the plan's marked grid as a note; every other rank then raises `PipelineError`.
         """
         at: Instruction | None = None
+        watch = self.transport.watch
+        watch.begin("the begin of the step")
         try:
             self._begin(work, mean=mean, signature=signature, wire_dtype=wire_dtype, shard=shard)
             if around is not None:
                 around.begin_step(self.transport, training=not self.plan.forward_only)
             self._recorder, self._looks = recorder, self._looks and not may_run_whole
             for handle, at in self._steps:
+                watch.at = at
                 if recorder is None:
                     handle(at)
                 else:
                     begin = recorder.mark()
                     handle(at)
                     recorder.add(at, begin)
-            at = None
+            at, watch.at = None, "the end of the step"
             if around is not None:
                 around.end_step(self.transport)
             self._end()
+            watch.end()
             self._looks = False
         except BaseException as error:
             if around is not None:
@@ -203,7 +211,7 @@ class Executor:
         self._local: dict[Key, Any] = {}
         self._outputs: dict[int, Any] = {}
         for stage, chunk in zip(self._stages.values(), work, strict=True):
-            stage.begin_step(chunk.forward_fn, chunk.backward_fn, chunk.reducer, training=training)
+            stage.begin_step(chunk.forward_fn, chunk.backward_fn, chunk.reducer, chunk.scale, training=training)
         self.transport.begin_step(
             f"{self.plan.signature}{signature}", training=training, wire_dtype=wire_dtype, shard=shard
         )
@@ -364,12 +372,8 @@ class Executor:
         if at is not None:
             mark = (self.transport.rank, at.position)
             grid = f"the step's plan, this rank's position marked:\n{self.plan.to_text(mark=mark, window=4)}"
-        action = "the step's begin or end" if at is None else _name(at)
+        action = "the begin or end of the step" if at is None else str(at.action)
         self.transport.fail(error, action, grid)
-
-
-def _name(at: Instruction) -> str:
-    return f"{at.stage}{at.op.value}{at.microbatch if at.microbatch >= 0 else ''}"
 
 
 def _detached(output: Any) -> Any:
@@ -387,6 +391,6 @@ def _hand_over(result: Output | None, rows: int, *, training: bool) -> Message:
     """A result as the message that the next stage of this rank would have received."""
     if result is None:
         return Message(None, [], rows)
-    keys = tuple(wire.leaf_key(leaf, training=training) for leaf in result.leaves)
+    keys = tuple(layouts.leaf_key(leaf, training=training) for leaf in result.leaves)
     tensors = [leaf.detach() for leaf in result.leaves if isinstance(leaf, Tensor)]
     return Message(Layout(result.spec, keys), tensors, rows)

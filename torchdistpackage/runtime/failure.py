@@ -3,14 +3,15 @@
 ::
 
     rank 1 raises in 1F2          rank 1's own exception goes on, with the marked grid as a note
-        |  FAILURE frame on every edge, and a report in the store of the process group
+        |  FAILURE frame on every edge, and a report on the board
         v
     ranks 0 and 2 wait for rank 1's next message, find the report instead, pass it on, raise PipelineError
         v
     ranks 3, 4, ... likewise: every wait of a step is a wait for a message, so a message ends it
 
-A rank that dies without a word closes its connections; whoever notices looks for a report in the store, so that the
-root cause is named even if the frames did not get through.
+A rank that dies without a word closes its connections; whoever notices looks for a report on the board, so that the
+root cause is named even if the frames did not get through, and else reports the death itself. A rank that is stuck says
+nothing at all: who waits for it reports that when the time is up.
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ from __future__ import annotations
 import json
 import traceback
 from dataclasses import asdict, dataclass
+from typing import NoReturn
 
-from torchdistpackage.errors import PipelineError, TransportError
+import torch.distributed as dist
 
-__all__ = ["ConnectionLost", "FailureReport", "RemoteFailure"]
+from torchdistpackage.errors import PipelineError, ScheduleError, TransportError
+from torchdistpackage.schedule import Action
 
+__all__ = ["ConnectionLost", "FailureReport", "NotWhole", "RemoteFailure", "Stalled", "is_torn", "raise_lost"]
+
+_TORN = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused", "Socket")
 _REPORT_BYTES = 3584  # fits into the smallest frame; the tail of a traceback is what matters
 
 
@@ -31,11 +37,12 @@ class FailureReport:
     """Who failed, where and why.
 
     Attributes:
-        rank: Rank in the pipeline group.
+        rank: Rank in its pipeline.
         global_rank: Rank in the world.
-        action: The action as text (`"2F0"`), or what the rank did outside of the plan.
-        error: `repr` of the exception.
+        action: The action as text (`"2F0"`), or what the rank did outside of the plan; "" if nobody knows.
+        error: `repr` of the exception, or what the others saw.
         trace: The traceback's text, or its tail.
+        whole: Whether all connections still work after it.
     """
 
     rank: int
@@ -43,6 +50,7 @@ class FailureReport:
     action: str
     error: str
     trace: str
+    whole: bool = True
 
     @classmethod
     def of(cls, error: BaseException, *, rank: int, global_rank: int, action: str) -> FailureReport:
@@ -51,13 +59,17 @@ class FailureReport:
         return cls(rank, global_rank, action, _short(repr(error), 1000), trace)
 
     def to_bytes(self) -> bytes:
-        """JSON, cut from the front of the traceback until it fits into one small frame."""
-        trace = self.trace
+        """JSON that fits into one small frame: cut from the front of the traceback, then from the end of the error."""
+        trace, error = self.trace, self.error
         while True:
-            text = json.dumps({**asdict(self), "trace": trace}).encode()
-            if len(text) <= _REPORT_BYTES or not trace:
-                return text[:_REPORT_BYTES]
-            trace = trace[max(1, len(text) - _REPORT_BYTES) :]
+            text = json.dumps({**asdict(self), "trace": trace, "error": error}).encode()
+            over = len(text) - _REPORT_BYTES
+            if over <= 0:
+                return text
+            if trace:
+                trace = trace[max(1, over) :]
+            else:
+                error = error[: -max(1, over // 6)]  # JSON writes a character with up to six bytes
 
     @classmethod
     def from_bytes(cls, data: bytes) -> FailureReport:
@@ -66,10 +78,19 @@ class FailureReport:
 
     def as_error(self) -> PipelineError:
         """What every other rank raises."""
-        return PipelineError(
-            f"rank {self.rank} of the pipeline (global rank {self.global_rank}) failed at {self.action}: {self.error}\n"
-            f"Its traceback:\n{self.trace}"
+        try:
+            action = Action.parse(self.action)
+            at = f" at {action} ({action.words})"
+        except ScheduleError:
+            action, at = None, f" at {self.action}" if self.action else ""
+        trace = f"\nIts traceback:\n{self.trace}" if self.trace else ""
+        raised = PipelineError(
+            f"rank {self.rank} of the pipeline (global rank {self.global_rank}) failed{at}: {self.error}{trace}"
         )
+        raised.global_rank, raised.action = self.global_rank, self.action or None
+        if action is not None:
+            raised.stage, raised.microbatch = action.stage, action.microbatch
+        return raised
 
 
 class RemoteFailure(Exception):
@@ -80,12 +101,48 @@ class RemoteFailure(Exception):
         self.report = report
 
 
+class NotWhole(PipelineError):
+    """An earlier failure has broken connections, so that no further step can run with them."""
+
+
 class ConnectionLost(TransportError):
-    """The connection to a rank broke: it was killed, or it failed and left. The executor looks for its report."""
+    """The connection to a rank broke: it was killed, or it failed and left."""
 
     def __init__(self, peer: int, doing: str) -> None:
         super().__init__(f"the connection broke while {doing} rank {peer}")
         self.peer = peer
+
+
+class Stalled(TransportError):
+    """A rank did not send what is waited for within the time-out, and its connection is open."""
+
+    def __init__(self, peer: int, seconds: float) -> None:
+        super().__init__(f"nothing came from rank {peer} within {seconds:g} s, the process group's time-out")
+        self.peer, self.seconds = peer, seconds
+
+
+def raise_lost(error: Exception, peer: int, doing: str, timeout: float) -> NoReturn:
+    """Raises what an error of sockets or of torch.distributed means.
+
+    Args:
+        error: What was caught; errors of ours go on as they are.
+        peer: The rank at the other end.
+        doing: What was tried.
+        timeout: Of the process group, in seconds.
+    """
+    if isinstance(error, TransportError):
+        raise error
+    if "timed out" in str(error).lower():
+        raise Stalled(peer, timeout) from error
+    raise ConnectionLost(peer, doing) from error
+
+
+def is_torn(error: BaseException) -> bool:
+    """Whether an error is what a collective of torch.distributed raises when a rank of its group is gone or late."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and "gloo" in text and any(mark in text for mark in _TORN)
 
 
 def _short(text: str, limit: int) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import zlib
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError, TransportError
+from torchdistpackage.runtime import layout as layouts
 from torchdistpackage.runtime import message as wire
-from torchdistpackage.runtime.edge import BROKEN, MAX_DESCRIPTION, MAX_FRAME, MIN_SLOT, Handle, Key
-from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
-from torchdistpackage.runtime.message import ALIGNMENT, Header, Kind, Layout, Message, Travel
+from torchdistpackage.runtime.edge import BROKEN, MAX_DESCRIPTION, MIN_SLOT, Handle, Key
+from torchdistpackage.runtime.failure import FailureReport, RemoteFailure, raise_lost
+from torchdistpackage.runtime.layout import ALIGNMENT, Layout, Travel
+from torchdistpackage.runtime.message import Header, Kind, Message
 
 if TYPE_CHECKING:
     from torchdistpackage.runtime.transport import Transport
@@ -31,7 +33,7 @@ class Inlet:
     """
 
     def __init__(self, transport: Transport, sender: int) -> None:
-        self._transport, self._sender = transport, sender
+        self._transport, self._sender, self._watch = transport, sender, transport.watch
         self._slots, self._bulk = transport.receiver(sender), transport.receiver(sender, bulk=True)
         self._slot = self._longest = MIN_SLOT
         self._posted: deque[tuple[Tensor, Handle]] = deque()
@@ -54,10 +56,8 @@ class Inlet:
         buffer = torch.empty(self._slot, dtype=torch.uint8)
         try:
             self._posted.append((buffer, self._slots(buffer)))
-        except TransportError:
-            raise
         except BROKEN as error:
-            raise ConnectionLost(self._sender, "receiving from") from error
+            self._lost(error)
 
     def take(self, kind: Kind, stage: int, microbatch: int) -> Message:
         """Waits for one message and hands it over; messages that arrive before it are kept.
@@ -80,6 +80,8 @@ class Inlet:
         return mail.pop(key)
 
     def _receive_next(self) -> None:
+        watch = self._watch
+        watch.awaits = self._sender
         try:
             if self._posted:
                 buffer, handle = self._posted.popleft()
@@ -87,18 +89,17 @@ class Inlet:
                 buffer = torch.empty(self._slot, dtype=torch.uint8)
                 handle = self._slots(buffer)
             handle.wait()
-        except TransportError:
-            raise
         except BROKEN as error:
-            raise ConnectionLost(self._sender, "receiving from") from error
+            self._lost(error)
+        watch.awaits = -1
         header = wire.read_header(buffer.numpy())
         kind, flags, signature, stage, microbatch, rows, number, description_bytes, length = header
         if description_bytes or flags or signature != self._signature:
             self._receive_unusual(header, buffer)
             return
-        layout = self._layouts[number]
-        if length != layout.frame_bytes:
-            raise self._wrong_length(length, layout.frame_bytes)
+        layout = self._layouts.get(number)
+        if layout is None or length != layout.frame_bytes:
+            raise self._wrong_length(length, layout)
         tensors = layout.read(buffer, self._transport.device)
         if layout.keeps:
             tensors = self._with_kept(kind, stage, layout, tensors)
@@ -112,13 +113,17 @@ class Inlet:
             self._read_description(header)
         if header.signature != self._signature:
             theirs = self._texts.get(header.signature, "something else")
+            transport = self._transport
             raise PipelineError(
-                f"ranks disagree about the step: rank {self._transport.rank} runs {self._transport.signature}, but "
-                f"rank {self._sender} runs {theirs}. Call forward_backward with the same arguments on every rank"
+                f"ranks disagree about the step: {transport.name(transport.rank)} runs {transport.signature}, but "
+                f"{transport.name(self._sender)} runs {theirs}. Call forward_backward with the same arguments on every "
+                "rank"
             )
         message = Message(None, [], header.rows)
         if not header.flags & wire.EMPTY:
-            layout = self._layouts[header.layout]
+            layout = self._layouts.get(header.layout)
+            if layout is None:
+                raise self._wrong_length(header.payload_bytes, None)
             payload = self._payload(header, layout, slot)
             tensors = layout.read(payload, self._transport.device)
             if layout.keeps:
@@ -131,6 +136,8 @@ class Inlet:
         kept, arrived = self._kept.setdefault((kind, stage), {}), iter(tensors)
         found = []
         for place, about in enumerate(layout.tensors):
+            if about.travel == Travel.KEPT and place not in kept:
+                raise TransportError(f"rank {self._sender} leaves out a value that it has not sent in this step")
             tensor = kept[place] if about.travel == Travel.KEPT else next(arrived)
             if about.travel == Travel.KEEP:
                 kept[place] = tensor
@@ -141,8 +148,11 @@ class Inlet:
         if header.description_bytes > MAX_DESCRIPTION:
             raise TransportError(f"a message announces a description of {header.description_bytes} bytes")
         text = self._receive_bulk(header.description_bytes, "cpu")
-        data = json.loads(text.numpy().tobytes())
-        self._texts[header.signature] = data["signature"]
+        try:
+            data = json.loads(text.numpy().tobytes())
+            self._texts[header.signature] = data["signature"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise TransportError(f"rank {self._sender} describes a message in a way that cannot be read") from error
         if data["layout"] is not None:
             self._layouts[header.layout] = Layout.from_description(data["layout"])
 
@@ -151,9 +161,9 @@ class Inlet:
         transport = self._transport
         shard = transport.shard if header.flags & wire.SLICED else None
         size = 1 if shard is None else shard.size
-        share = wire.share_bytes(layout, size)
-        if header.payload_bytes != ALIGNMENT + share or header.payload_bytes > MAX_FRAME:
-            raise self._wrong_length(header.payload_bytes, ALIGNMENT + share)
+        share = layouts.share_bytes(layout, size)
+        if header.payload_bytes != ALIGNMENT + share:
+            raise self._wrong_length(header.payload_bytes, layout)
         on_device = layout.is_cuda and transport.carries_cuda()
         if not on_device:
             self._longest = max(self._longest, header.payload_bytes)
@@ -171,16 +181,18 @@ class Inlet:
             with self._transport.receiving(device):
                 buffer = torch.empty(length, dtype=torch.uint8, device=device)
                 handle = self._bulk(buffer)
+            self._watch.awaits = self._sender
             handle.wait()
-        except TransportError:
-            raise
+            self._watch.awaits = -1
         except BROKEN as error:
-            raise ConnectionLost(self._sender, "receiving from") from error
+            self._lost(error)
         if buffer.is_cuda:
             buffer.record_stream(torch.cuda.current_stream(buffer.device))
         return buffer
 
-    def _wrong_length(self, length: int, expected: int) -> TransportError:
-        return TransportError(
-            f"rank {self._sender} announces a message of {length} bytes where its layout needs {expected}"
-        )
+    def _wrong_length(self, length: int, layout: Layout | None) -> TransportError:
+        known = "it never described" if layout is None else f"needs {layout.frame_bytes}"
+        return TransportError(f"rank {self._sender} announces a message of {length} bytes whose layout {known}")
+
+    def _lost(self, error: Exception) -> NoReturn:
+        raise_lost(error, self._sender, "receiving from", self._transport.timeout)

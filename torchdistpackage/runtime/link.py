@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -38,12 +38,14 @@ INLINE = 8192  # bytes; above, shared memory is cheaper than two more copies thr
 _SPIN = 50e-6  # seconds: about what it costs to be put to sleep and woken up again
 _KEPT = 8  # steps that shared memory waits idle for a message of its size
 _PAGE = 4096
+_CHECK = struct.pack("ll", 0, 250_000)  # a timeval: how often a receiver that sleeps looks for a reason to give up
 _WORD = struct.Struct("<IIQ")
 # What a word says, followed by a segment's number and a length:
 _LIES = 1  # the message lies at the start of that segment
 _SHARED = 2  # the next packet carries the descriptor of that segment
 _FORGET = 3  # that segment is not used again
 _PIECES = 4  # a message of that length follows in several packets
+_T = TypeVar("_T")
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 
@@ -176,19 +178,19 @@ class SendingLink:
             # A last piece that is as short as a word is no trouble: the receiver counts.
             self._put(piece.numpy())
 
-    def _put(self, packet: memoryview | bytes | object, descriptor: int = -1) -> None:
+    def _put(self, packet: Any, descriptor: int = -1) -> None:
         """Hands a packet to the kernel; if the receiver is so far behind that there is no room, to a thread."""
         if not self._backlog:
             try:
                 if descriptor < 0:
-                    self._send(packet, _DONTWAIT)  # type: ignore[arg-type]
+                    self._send(packet, _DONTWAIT)
                 else:
-                    _send_descriptor(self._socket, bytes(packet), descriptor, _DONTWAIT)  # type: ignore[arg-type]
+                    _send_descriptor(self._socket, bytes(packet), descriptor, _DONTWAIT)
                 return
             except BlockingIOError:
                 pass
         with self._lock:
-            self._backlog.append(_Packet(bytes(packet), descriptor))  # type: ignore[arg-type]
+            self._backlog.append(_Packet(bytes(packet), descriptor))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._flush, name="torchdistpackage-backlog", daemon=True)
                 self._thread.start()
@@ -238,10 +240,12 @@ class ReceivingLink:
     Args:
         answer: Waits for the sender's call and returns the connected socket. It comes with the first wait and not
             before: a receive that is posted ahead must not wait for a sender who waits for this rank.
+        check: Is asked every now and then while a message does not come, with the seconds waited; raises if there is
+            no use in waiting.
     """
 
-    def __init__(self, answer: Callable[[], socket.socket]) -> None:
-        self._answer = answer
+    def __init__(self, answer: Callable[[], socket.socket], check: Callable[[float], None] | None = None) -> None:
+        self._answer, self._check = answer, check
         self._socket: socket.socket | None = None
         self._segments: dict[int, Tensor] = {}
 
@@ -258,6 +262,7 @@ class ReceivingLink:
         """
         if self._socket is None:
             self._socket = self._answer()
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _CHECK)
             self._receive_into = self._socket.recv_into
         memory = buffer.numpy()
         while True:
@@ -267,7 +272,8 @@ class ReceivingLink:
             if says == _FORGET:
                 del self._segments[number]
             elif says == _SHARED:
-                self._segments[number] = _receive_segment(self._socket)
+                end = self._socket
+                self._segments[number] = self._patiently(lambda: _receive_segment(end))  # noqa: B023, called at once
             elif length > buffer.numel():
                 raise TransportError(f"a message of {length} bytes came for a buffer of {buffer.numel()}")
             elif says == _LIES:
@@ -300,13 +306,25 @@ class ReceivingLink:
         self.close()
 
     def _next(self, memory: object) -> int:
-        length = self._asked(memory) or self._receive_into(memory)  # type: ignore[arg-type]
+        length = self._asked(memory)
+        if length < 0:
+            length = self._patiently(lambda: self._receive_into(memory))  # type: ignore[arg-type]
         if not length:
             raise ConnectionResetError("the stream has ended")
         return length
 
+    def _patiently(self, receive: Callable[[], _T]) -> _T:
+        """Sleeps until there is something to receive. The kernel ends a sleep after a while: a wait costs no more."""
+        began = time.monotonic()
+        while True:
+            try:
+                return receive()
+            except BlockingIOError:
+                if self._check is not None:
+                    self._check(time.monotonic() - began)
+
     def _asked(self, memory: object) -> int:
-        """The length of a packet that came within a moment; 0 if none did."""
+        """The length of a packet that came within a moment; -1 if none did."""
         receive_into, deadline = self._receive_into, 0.0
         while True:
             try:
@@ -316,7 +334,7 @@ class ReceivingLink:
             if not deadline:
                 deadline = now + _SPIN
             elif now > deadline:
-                return 0
+                return -1
             os.sched_yield()
 
 

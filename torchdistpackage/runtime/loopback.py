@@ -16,6 +16,7 @@ from torchdistpackage.errors import TransportError
 from torchdistpackage.runtime.edge import COPIED, Handle, Mover
 from torchdistpackage.runtime.failure import FailureReport
 from torchdistpackage.runtime.transport import Transport
+from torchdistpackage.runtime.watchdog import Watchdog
 
 __all__ = ["LoopbackTransport", "loopback"]
 
@@ -45,7 +46,7 @@ class _Pending:
         try:
             data = self._stream.get(timeout=self._timeout)
         except queue.Empty:
-            raise TimeoutError(f"no message came within {self._timeout} s") from None
+            raise TimeoutError(f"timed out after {self._timeout} s") from None
         if data.numel() > self._buffer.numel():
             raise TransportError(f"a message of {data.numel()} bytes came for a buffer of {self._buffer.numel()}")
         self._buffer[: data.numel()].copy_(data)
@@ -55,8 +56,10 @@ class _Pending:
 class LoopbackTransport(Transport):
     """One rank's view of a loopback pipeline; made by `loopback`."""
 
-    def __init__(self, rank: int, num_ranks: int, hub: _Hub, device: torch.device) -> None:
-        super().__init__(rank, num_ranks, global_rank=rank, device=device)
+    def __init__(
+        self, rank: int, num_ranks: int, hub: _Hub, device: torch.device, watchdog: Watchdog | None = None
+    ) -> None:
+        super().__init__(rank, range(num_ranks), device=device, watchdog=watchdog, timeout=hub.timeout)
         self._hub = hub
 
     def sender(self, receiver: int, *, bulk: bool = False) -> Mover:
@@ -79,21 +82,25 @@ class LoopbackTransport(Transport):
         return True
 
     def publish(self, report: FailureReport) -> None:
-        """Leaves the report with the hub."""
+        """Leaves the report with the hub, and with the watchdog."""
+        super().publish(report)
         self._hub.reports.setdefault(self.epoch, report)
 
     def find_report(self) -> FailureReport | None:
-        """The hub's report of this epoch."""
-        return self._hub.reports.get(self.epoch)
+        """The hub's report of this epoch, or the watchdog's."""
+        return self._hub.reports.get(self.epoch) or super().find_report()
 
 
-def loopback(num_ranks: int, *, timeout: float = 30.0, device: str | torch.device = "cpu") -> list[LoopbackTransport]:
+def loopback(
+    num_ranks: int, *, timeout: float = 30.0, device: str | torch.device = "cpu", watchdog: Watchdog | None = None
+) -> list[LoopbackTransport]:
     """Makes the transports of all ranks; each is to be used by a thread of its own.
 
     Args:
         num_ranks: Ranks of the pipeline.
         timeout: Seconds after which a wait gives up.
         device: Where received CUDA tensors are put.
+        watchdog: Of a pipeline of one rank that has replicas.
 
     Example:
         >>> from torchdistpackage.runtime.message import Kind, flatten
@@ -106,4 +113,4 @@ def loopback(num_ranks: int, *, timeout: float = 30.0, device: str | torch.devic
         {'x': tensor([1., 1.]), 'note': 'any pytree'}
     """
     hub = _Hub(timeout)
-    return [LoopbackTransport(rank, num_ranks, hub, torch.device(device)) for rank in range(num_ranks)]
+    return [LoopbackTransport(rank, num_ranks, hub, torch.device(device), watchdog) for rank in range(num_ranks)]

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchdistpackage.errors import TransportError
+from torchdistpackage.runtime import layout as layouts
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.edge import BROKEN, COPIED, MAX_LAYOUTS, MIN_SLOT, Handle, Key, Mover
-from torchdistpackage.runtime.failure import ConnectionLost, FailureReport
-from torchdistpackage.runtime.message import ALIGNMENT, Frame, Header, Kind, Layout, Travel
+from torchdistpackage.runtime.failure import FailureReport, raise_lost
+from torchdistpackage.runtime.layout import ALIGNMENT, Layout, Travel
+from torchdistpackage.runtime.message import Frame, Header, Kind
 from torchdistpackage.runtime.repeats import Repeats
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class _Known:
         entries = self.layout.leaves
         return (
             len(entries) == len(leaves)
-            and all(map(wire.is_leaf_like, leaves, entries, travels))
+            and all(map(layouts.is_leaf_like, leaves, entries, travels))
             and self.layout.spec == spec
         )
 
@@ -133,7 +134,7 @@ class Outlet:
                 if isinstance(leaf, Tensor) and travel != _KEPT
             ]
             self._recent[kind, stage] = known
-        elif known is None or not wire.is_like(leaves[0], known.only):
+        elif known is None or not layouts.is_like(leaves[0], known.only):
             known = self._recent[kind, stage] = self._find(leaves, None, (0,))
         self._used[known.number] = known
         length = known.layout.frame_bytes
@@ -191,7 +192,7 @@ class Outlet:
         """The layout of these leaves; a new one gets a number."""
         transport = self._transport
         keys = tuple(
-            wire.leaf_key(leaf, training=transport.training, travel=travel)
+            layouts.leaf_key(leaf, training=transport.training, travel=travel)
             for leaf, travel in zip(leaves, travels, strict=True)
         )
         about = (transport.wire_dtype, transport.shard is None, keys)
@@ -200,7 +201,7 @@ class Outlet:
                 return known
         if self._count == MAX_LAYOUTS:
             self._known, self._recent, self._used, self._count = {}, {}, {}, 0
-        known = _Known(self._count, Layout(spec, tuple(map(wire.dense, keys)), transport.wire_dtype))
+        known = _Known(self._count, Layout(spec, tuple(map(layouts.dense, keys)), transport.wire_dtype))
         self._known.setdefault(about, []).append(known)
         self._count += 1
         return known
@@ -209,7 +210,7 @@ class Outlet:
         transport = self._transport
         size = 1 if transport.shard is None else transport.shard.size
         device = transport.device if layout.is_cuda and transport.carries_cuda() else "cpu"
-        length = ALIGNMENT + size * wire.share_bytes(layout, size)
+        length = ALIGNMENT + size * layouts.share_bytes(layout, size)
         with torch.inference_mode(False):  # a frame first used under inference mode is used again in training
             if device == "cpu":
                 return Frame(layout, transport.allocate(self._receiver, length))
@@ -222,7 +223,7 @@ class Outlet:
         frame.pack(leaves)
         payload, flags = frame.buffer, 0
         if shard is not None and layout.tensors:
-            share = wire.share_bytes(layout, shard.size)
+            share = layouts.share_bytes(layout, shard.size)
             start = ALIGNMENT + shard.rank * share
             payload, flags = torch.cat([payload[:ALIGNMENT], payload[start : start + share]]), wire.SLICED
         description = self._description(None if known.told else layout)
@@ -266,7 +267,5 @@ class Outlet:
     def _start(self, stream: Mover, buffer: Tensor) -> Handle:
         try:
             return stream(buffer)
-        except TransportError:
-            raise
         except BROKEN as error:
-            raise ConnectionLost(self._receiver, "sending to") from error
+            raise_lost(error, self._receiver, "sending to", self._transport.timeout)

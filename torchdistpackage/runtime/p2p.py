@@ -13,8 +13,9 @@ enough: one for all edges to a higher rank, one for all edges to a lower rank. T
 connected when the transport is made. On gloo a tag keeps streams apart: slots and bulk, and the epochs before and after
 a failure.
 
-gloo cannot be asked whether a message has arrived, and a wait with a time-out breaks its connection. So nothing here
-polls: every wait is for a message that either comes, is replaced by a failure frame, or ends with the connection.
+A wait ends with its message, with a failure frame in its place, with the end of the connection, or with the group's
+time-out. A wait on a link also looks up now and then; gloo cannot be asked whether a message has arrived, and a wait
+with a time-out breaks its connection, so there `watchdog.py` looks from beside.
 """
 
 from __future__ import annotations
@@ -23,33 +24,39 @@ import atexit
 import contextlib
 import socket
 import struct
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol, final
+from typing import Protocol, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from torchdistpackage.errors import TransportError
+from torchdistpackage.errors import PipelineError, TransportError
 from torchdistpackage.runtime import message as wire
+from torchdistpackage.runtime.board import StoreBoard
 from torchdistpackage.runtime.edge import Mover
-from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
+from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, Stalled
+from torchdistpackage.runtime.layout import ALIGNMENT
 from torchdistpackage.runtime.link import ReceivingLink, SendingLink
 from torchdistpackage.runtime.transport import TensorShard, Transport
+from torchdistpackage.runtime.watch import Watch
+from torchdistpackage.runtime.watchdog import Watchdog
 
 __all__ = ["DistributedTransport", "TensorGroupShard"]
 
 _TAG_BASE = 1 << 30  # far from the tags that a user's own send and recv on this group would take
 _EPOCHS = 1 << 20
 _AHEAD = 4  # compute actions; 2 gained as much on two ranks, 8 a little more on four ranks that shared two cores
-_PATIENCE = 3.0  # seconds that a rank with a broken connection waits for the other's report
+_PATIENCE = 0.5  # seconds that a rank with a broken connection looks for a report: it was left before that broke
+_LEAVING = 3.0  # seconds that a process waits at its end for slower ranks to take its last messages
 
 _instances: dict[tuple[int, ...], int] = {}
 
@@ -66,6 +73,9 @@ class Switchboard(Protocol):
     def answer(self, rank: int, epoch: int, check: Callable[[], None]) -> socket.socket:
         """The receiving end of the connection that it makes."""
 
+    def condition(self, rank: int) -> str:
+        """What has become of its process; "" if it runs."""
+
 
 @final
 class DistributedTransport(Transport):
@@ -77,6 +87,7 @@ class DistributedTransport(Transport):
             lower rank. None: CUDA tensors are staged through the host.
         device: Where received CUDA tensors are put.
         switchboard: Connects ranks of this machine; None: all messages between hosts' memories are gloo's.
+        watchdog: Watches this rank; None for one that knows this group only.
     """
 
     def __init__(
@@ -86,13 +97,13 @@ class DistributedTransport(Transport):
         *,
         device: torch.device,
         switchboard: Switchboard | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        super().__init__(control.rank(), control.size(), global_rank=dist.get_rank(), device=device)
+        ranks = dist.get_process_group_ranks(control)
+        timeout = _timeout_of(control).total_seconds()
+        watchdog = watchdog or _watchdog_of(ranks, control.rank())
+        super().__init__(control.rank(), ranks, device=device, watchdog=watchdog, timeout=timeout)
         self._control, self._edges = control, edges
-        ranks = tuple(dist.get_process_group_ranks(control))
-        number = _instances[ranks] = _instances.get(ranks, 0) + 1
-        self._store_prefix = f"torchdistpackage/{'-'.join(map(str, ranks))}/{number}"
-        self._timeout = _timeout_of(control)
         self._switchboard = switchboard
         linked = switchboard is not None and all(switchboard.reaches(rank) for rank in range(self.num_ranks))
         self.receives_ahead = 0 if linked else _AHEAD
@@ -171,32 +182,43 @@ class DistributedTransport(Transport):
         """True on NCCL."""
         return self._edges is not None
 
-    def publish(self, report: FailureReport) -> None:
-        """Writes the report into the process group's store, once an epoch."""
-        try:
-            self._store().set(self._report_key(), report.to_bytes().decode())
-        except (RuntimeError, ValueError):
-            return  # the store is gone with its host: the frames carry the report as well
-
     def find_report(self) -> FailureReport | None:
-        """Looks for a few seconds: the rank that failed has told its neighbours and the store before it leaves."""
+        """Looks for a moment: a rank that fails tells its neighbours and the board before it leaves."""
         deadline = time.monotonic() + _PATIENCE
-        while time.monotonic() < deadline:
+        while self.watch.report is None:
             for link in self._receiving.values():
                 for data in link.waiting():
                     report = _report_in(data)
                     if report is not None:
                         return report
-            with contextlib.suppress(RuntimeError, ValueError):  # the store is gone with its host
-                report = self._published()
-                if report is not None:
-                    return report
+            super().find_report()
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.02)
-        return None
+        return self.watch.report
 
-    def _published(self) -> FailureReport | None:
-        store, key = self._store(), self._report_key()
-        return FailureReport.from_bytes(store.get(key)) if store.check([key]) else None
+    def condition(self, peer: int) -> str:
+        """What the system says of a rank of this machine."""
+        board = self._switchboard
+        return board.condition(peer) if board is not None and board.reaches(peer) else ""
+
+    def stalled(self, error: Stalled, action: str) -> FailureReport:
+        """Names the rank that all others wait for, directly or by way of each other, and what every rank is doing."""
+        said = self.watchdog.said() if self.watchdog is not None else {}
+        culprit, passed = error.peer, {self.rank}
+        while culprit in said and said[culprit].awaits >= 0 and culprit not in passed:
+            passed.add(culprit)
+            culprit = said[culprit].awaits
+        lines = [
+            f"it has not gone on for {error.seconds:g} s, the process group's time-out. What the ranks were doing:"
+        ]
+        for rank in range(self.num_ranks):
+            doing = f"{self.name(rank)} waits for rank {error.peer} at {action}" if rank == self.rank else ""
+            doing = doing or (said[rank].text if rank in said else f"{self.name(rank)} says nothing")
+            condition = self.condition(rank) if rank != self.rank else ""
+            lines.append(f"  {doing}" + (f": {condition}" if condition else ""))
+        whole = error.__cause__ is None  # a wait of gloo's that has ended in this way has broken its connection
+        return FailureReport(culprit, self.global_ranks[culprit], "", "\n".join(lines), "", whole=whole)
 
     def _host_sender(self, receiver: int, bulk: bool) -> Mover:
         board = self._switchboard
@@ -216,38 +238,27 @@ class DistributedTransport(Transport):
             receive, tag = self._control.recv, self._tag(bulk)
             return lambda buffer: receive([buffer], sender, tag)
         if sender not in self._receiving:
-            self._receiving[sender] = ReceivingLink(partial(self._await_call, board, sender, self.epoch))
+            answer = partial(self._await_call, board, sender, self.epoch)
+            self._receiving[sender] = ReceivingLink(answer, partial(self._look_up, sender))
         return self._receiving[sender]
 
     def _await_call(self, board: Switchboard, sender: int, epoch: int) -> socket.socket:
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        return board.answer(sender, epoch, lambda: self._look_around(sender, deadline))
+        began = time.monotonic()
+        return board.answer(sender, epoch, lambda: self._look_up(sender, time.monotonic() - began))
 
-    def _look_around(self, peer: int, deadline: float) -> None:
-        """Asked while a rank waits for another one's first message.
+    def _look_up(self, peer: int, waited: float) -> None:
+        """Asked every now and then while a message does not come.
 
         Raises:
-            RemoteFailure: A rank has failed before it got as far as that.
-            TransportError: It did not come within the group's time-out.
+            RemoteFailure: A rank has failed.
+            Stalled: It did not come within the group's time-out.
         """
-        with contextlib.suppress(RuntimeError):  # the store is gone with its host, which need not be that rank
-            report = self._published()
-            if report is not None:
-                raise RemoteFailure(report)
-        if time.monotonic() > deadline:
-            raise TransportError(
-                f"rank {peer} of the pipeline did not take part within {self._timeout.total_seconds():g} s, the "
-                "process group's time-out: does every rank call forward_backward?"
-            )
+        self.watch.check()
+        if waited > self.timeout:
+            raise Stalled(peer, self.timeout)
 
     def _tag(self, bulk: bool) -> int:
         return _TAG_BASE + 2 * (self.epoch % _EPOCHS) + bulk
-
-    def _report_key(self) -> str:
-        return f"{self._store_prefix}/{self.epoch}"
-
-    def _store(self) -> Any:
-        return dist.distributed_c10d._get_default_store()
 
     def _edge(self, sender: int, receiver: int) -> dist.ProcessGroup:
         assert self._edges is not None
@@ -265,6 +276,16 @@ class DistributedTransport(Transport):
                     end(hello).wait()
 
 
+def _watchdog_of(ranks: Sequence[int], rank: int) -> Watchdog:
+    """For a transport that is made without one: with pages of its own on the board, and no group to interrupt."""
+    made = tuple(ranks)
+    number = _instances[made] = _instances.get(made, 0) + 1
+    store = dist.distributed_c10d._get_default_store()
+    board = StoreBoard(store, f"torchdistpackage/{'-'.join(map(str, made))}/{number}")
+    world_size = dist.get_world_size()
+    return Watchdog(Watch(), board, ranks=made, rank=rank, patience=60.0, world_size=world_size, interrupt=lambda: None)
+
+
 def _timeout_of(group: dist.ProcessGroup) -> timedelta:
     options = getattr(group._get_backend(torch.device("cpu")), "options", None)
     found: timedelta = getattr(options, "_timeout", default_pg_timeout)
@@ -278,14 +299,26 @@ def _report_in(data: bytes) -> FailureReport | None:
         return None
     if header.kind != wire.Kind.FAILURE:
         return None
-    return FailureReport.from_bytes(data[wire.ALIGNMENT : wire.ALIGNMENT + header.payload_bytes])
+    return FailureReport.from_bytes(data[ALIGNMENT : ALIGNMENT + header.payload_bytes])
 
 
 def _let_sends_finish(reference: weakref.ref[DistributedTransport]) -> None:
-    """At the end of the process: the last messages of the last step may still wait for a slower rank to take them."""
+    """At the end of the process: why it ends, and time for slower ranks to take the last messages of the last step."""
     transport = reference()
+    error = getattr(sys, "last_value", None)
+    if transport is not None and transport.watchdog is not None:
+        if isinstance(error, Exception) and not isinstance(error, PipelineError):
+            transport.publish(
+                FailureReport.of(
+                    error,
+                    rank=transport.rank,
+                    global_rank=transport.global_rank,
+                    action="something outside of the pipeline's steps, and ended",
+                )
+            )
+        transport.watchdog.stop()
     for link in [] if transport is None else transport._sending.values():
-        link.finish(_PATIENCE)
+        link.finish(_LEAVING)
     handles = [] if transport is None else [h for o in transport._outlets.values() for h in o.outstanding()]
 
     def wait() -> None:
@@ -296,7 +329,7 @@ def _let_sends_finish(reference: weakref.ref[DistributedTransport]) -> None:
     if handles:
         waiter = threading.Thread(target=wait, daemon=True)
         waiter.start()
-        waiter.join(_PATIENCE)
+        waiter.join(_LEAVING)
 
 
 class TensorGroupShard:

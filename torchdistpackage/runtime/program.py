@@ -48,6 +48,11 @@ class Instruction(NamedTuple):
     proves: tuple[tuple[int, Key], ...]
     position: int
 
+    @property
+    def action(self) -> Action:
+        """As the plan has it."""
+        return Action(self.stage, self.op, None if self.microbatch < 0 else self.microbatch)
+
 
 @dataclass(frozen=True)
 class Program:

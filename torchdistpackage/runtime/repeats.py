@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, final
 from torch import Tensor
 from torch import equal as same_numbers
 
-from torchdistpackage.runtime.message import Travel
+from torchdistpackage.runtime.layout import Travel
 
 __all__ = ["Repeats"]
 

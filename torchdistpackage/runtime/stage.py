@@ -101,17 +101,24 @@ class Stage:
         self.end_step()
 
     def begin_step(
-        self, forward_fn: ForwardFn, backward_fn: BackwardFn | None, reducer: GradientReducer | None, *, training: bool
+        self,
+        forward_fn: ForwardFn,
+        backward_fn: BackwardFn | None,
+        reducer: GradientReducer | None,
+        scale: Callable[[Tensor], Any] | None = None,
+        *,
+        training: bool,
     ) -> None:
         """Takes the user's functions for this step."""
         self._forward_fn, self._backward_fn, self._training = forward_fn, backward_fn, training
+        self._scale = scale
         self.reducer = reducer if training else None
         self._watched = False
         self.unsplit: list[str] = []  # why an input gradient ran the whole backward, for each time
 
     def end_step(self) -> None:
         """Lets go of the user's functions, and of what a failed step left behind."""
-        self._forward_fn, self._backward_fn, self.reducer = _no_step, None, None
+        self._forward_fn, self._backward_fn, self.reducer, self._scale = _no_step, None, None, None
         self._saved.clear()
         self._waiting.clear()
 
@@ -151,7 +158,10 @@ class Stage:
                 increment_version(leaf)
         if self._training:
             asked_for = self.is_last or self._backward_fn is not None or (last and self._watched)
-            self._saved[microbatch] = _Saved(leaves, [], output if asked_for else None)
+            begin = output
+            if self.is_last and self._scale is not None and isinstance(output, Tensor):
+                begin = self._scale(output)
+            self._saved[microbatch] = _Saved(leaves, [], begin if asked_for else None)
         return output
 
     def refuse_compiled(self, output: Any, schedule: str) -> None:

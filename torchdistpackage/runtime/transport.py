@@ -10,17 +10,22 @@ Neighbours: `p2p.py` (torch.distributed) and `loopback.py` (all ranks as threads
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime.edge import Handle, Mover
-from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, RemoteFailure
+from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, NotWhole, RemoteFailure, Stalled, is_torn
 from torchdistpackage.runtime.inlet import Inlet
 from torchdistpackage.runtime.message import Kind
 from torchdistpackage.runtime.outlet import Outlet
+from torchdistpackage.runtime.watch import Watch
+from torchdistpackage.runtime.watchdog import Watchdog
 
 __all__ = ["Handle", "Mover", "TensorShard", "Transport"]
 
@@ -41,19 +46,39 @@ class Transport(ABC):
     Attributes:
         rank: This rank in the pipeline group.
         num_ranks: p.
-        global_rank: This rank in the world, for messages to people.
+        global_ranks: All of them in the world, for messages to people.
+        global_rank: This one.
         device: Where received CUDA tensors are put.
         receives_ahead: How many compute actions ahead of its use a receive is posted. Each one posted holds the memory
             of a message. gloo's sends move only once the receive is there: with 4 ahead a step of small messages took
             0.6 of the time that it took with none. Where messages lie ready by themselves (links, loopback): 0.
-        epoch: Counts failures; frames of different epochs never meet.
+        watchdog: Watches this rank from beside; None if nobody does. Several transports of one rank share it.
+        watch: What it sees.
+        companions: The rank's transports to others than its pipeline; its failures go there, too.
+        timeout: Seconds after which a wait is given up.
+        kind: What the ranks are together, for messages to people.
     """
 
     receives_ahead = 0
+    kind = "pipeline"
 
-    def __init__(self, rank: int, num_ranks: int, *, global_rank: int, device: torch.device) -> None:
-        self.rank, self.num_ranks, self.global_rank, self.device = rank, num_ranks, global_rank, device
-        self.epoch = 0
+    def __init__(
+        self,
+        rank: int,
+        global_ranks: Sequence[int],
+        *,
+        device: torch.device,
+        watchdog: Watchdog | None = None,
+        timeout: float,
+    ) -> None:
+        self.rank, self.global_ranks, self.device = rank, tuple(global_ranks), device
+        self.num_ranks, self.global_rank = len(self.global_ranks), self.global_ranks[rank]
+        self.watchdog = watchdog
+        self.watch = Watch() if watchdog is None else watchdog.watch
+        self.companions: list[Transport] = []
+        self.timeout = timeout
+        self._broken: PipelineError | None = None
+        self._others_know = False
         self.signature = ""
         self.training = True
         self.wire_dtype: torch.dtype | None = None
@@ -91,13 +116,16 @@ class Transport(ABC):
         """Surrounds the start of a bulk receive into memory of that device."""
         return nullcontext()
 
-    @abstractmethod
     def publish(self, report: FailureReport) -> None:
         """Leaves a report where ranks that lost their connection can find it."""
+        if self.watchdog is not None:
+            self.watchdog.publish(report)
 
-    @abstractmethod
     def find_report(self) -> FailureReport | None:
         """Looks for a report of this epoch, after a connection broke; may wait a moment for it."""
+        if self.watchdog is not None and self.watch.report is None:
+            self.watchdog.look()
+        return self.watch.report
 
     def outlet(self, receiver: int) -> Outlet:
         """The sending end of the edge to another rank."""
@@ -123,12 +151,39 @@ class Transport(ABC):
         wire_dtype: torch.dtype | None = None,
         shard: TensorShard | None = None,
     ) -> None:
-        """Says what this rank is about to do; every frame carries the signature's checksum."""
+        """Says what this rank is about to do; every frame carries the signature's checksum.
+
+        Raises:
+            NotWhole: An earlier failure has broken connections.
+            RemoteFailure: A rank has failed since the last step.
+        """
+        if self.watchdog is not None:
+            self.watchdog.start()
+        self.watch.check()
+        self.require_whole()
         self.signature, self.training, self.wire_dtype, self.shard = signature, training, wire_dtype, shard
         for outlet in self._outlets.values():
             outlet.begin_step()
         for inlet in self._inlets.values():
             inlet.begin_step()
+
+    def require_whole(self) -> None:
+        """Raises if no step can run any more.
+
+        Raises:
+            NotWhole: An earlier failure has broken connections.
+        """
+        if self._broken is not None:
+            raise NotWhole(
+                "an earlier failure has broken the connections of this pipeline, so that no further step can run: end "
+                "this process and start all ranks again (torchrun --max-restarts does that), from a checkpoint. The "
+                f"failure was: {self._broken}"
+            )
+
+    @property
+    def epoch(self) -> int:
+        """Counts failures; frames of different epochs never meet."""
+        return self.watch.epoch
 
     def finish_step(self, token_from: int | None, token_to: int | None) -> None:
         """Ends the step on all ranks together.
@@ -162,31 +217,87 @@ class Transport(ABC):
             PipelineError: Another rank's failure.
             BaseException: `error` itself, if it is this rank's own.
         """
-        report: FailureReport | None = None
-        if isinstance(error, RemoteFailure):
-            report = error.report
-        elif isinstance(error, ConnectionLost):
-            report = self.find_report() or FailureReport(
-                error.peer,
-                -1,
-                "an unknown action",
-                "it closed its connection without a word: killed, or ended early",
-                "",
-            )
+        if isinstance(error, NotWhole) and self._others_know:
+            self.watch.end()
+            raise error
+        report = self._cause(error, action)
         own = report is None
         if report is None:
+            whole = not isinstance(error, NotWhole)
             report = FailureReport.of(error, rank=self.rank, global_rank=self.global_rank, action=action)
+            report = replace(report, whole=whole)
+        if not isinstance(error, RemoteFailure):
             self.publish(report)
-        self.abort(report)
+        if not report.whole:
+            self._broken, self._others_know = report.as_error(), True
+        elif self.watch.interrupted:
+            self._broken = report.as_error()
+        for transport in (self, *self.companions):
+            transport.abort(report)
+        self.watch.next_epoch()
         raised: BaseException = error if own else report.as_error()
         if note and hasattr(raised, "add_note"):
             raised.add_note(note)
         if own:
             raise raised
-        raise raised from (error.__cause__ if isinstance(error, ConnectionLost) else None)
+        raise raised from (None if isinstance(error, RemoteFailure) else error)
+
+    def _cause(self, error: BaseException, action: str) -> FailureReport | None:
+        """The failure that led to an error here; None if it is this rank's own."""
+        if isinstance(error, RemoteFailure):
+            return error.report
+        if isinstance(error, ConnectionLost):
+            return self.find_report() or self.lost(error.peer, action)
+        if isinstance(error, Stalled):
+            return self.find_report() or self.stalled(error, action)
+        if self.watch.interrupted:
+            return self.watch.report
+        return self.find_report() or self.torn(error, action) if is_torn(error) else None
+
+    @contextmanager
+    def guard(self, action: str) -> Iterator[None]:
+        """Surrounds what may wait for other ranks outside of a plan: it fails on all ranks together, as a step does.
+
+        Args:
+            action: What it is, for messages to people.
+        """
+        self.watch.begin(action)
+        try:
+            self.watch.check()
+            self.require_whole()
+            yield
+        except BaseException as error:
+            self.fail(error, action)
+        self.watch.end()
+
+    def lost(self, peer: int, action: str) -> FailureReport:
+        """The report of a rank that has gone without one."""
+        what = self.condition(peer) or "it closed its connections without a word: it was killed, or it ended early"
+        seen = f"{what}; {self.name(self.rank)} waited for it at {action}"
+        return FailureReport(peer, self.global_ranks[peer], "", seen, "", whole=False)
+
+    def stalled(self, error: Stalled, action: str) -> FailureReport:
+        """The report of a rank that does not go on."""
+        return FailureReport(error.peer, self.global_ranks[error.peer], "", f"{error}, at {action}", "", whole=False)
+
+    def torn(self, error: BaseException, action: str) -> FailureReport | None:
+        """The report of a collective whose group broke; None if nobody is known to have left."""
+        for transport in (self, *self.companions):
+            for peer in range(transport.num_ranks):
+                if peer != transport.rank and transport.condition(peer):
+                    return transport.lost(peer, action)
+        return None
+
+    def condition(self, peer: int) -> str:
+        """What is known of a rank that says nothing; "" if nothing is."""
+        return ""
+
+    def name(self, rank: int) -> str:
+        """A rank for messages to people."""
+        return f"rank {rank} of the {self.kind}"
 
     def abort(self, report: FailureReport) -> None:
-        """Tells every neighbour, forgets all edges, and starts a new epoch, in which the next step is clean."""
+        """Tells every neighbour and forgets all edges; in the next epoch the next step is clean."""
         neighbours = {(self.rank - 1) % self.num_ranks, (self.rank + 1) % self.num_ranks} - {self.rank}
         for peer in neighbours | self._outlets.keys() | self._inlets.keys():
             try:
@@ -197,4 +308,3 @@ class Transport(ABC):
             self._abandoned.append(outlet)
         self._abandoned.extend(self._inlets.values())
         self._outlets, self._inlets = {}, {}
-        self.epoch += 1

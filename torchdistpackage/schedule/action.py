@@ -56,6 +56,17 @@ class Op(str, enum.Enum):
 
 for _number, _op in enumerate(Op):
     _op.is_compute, _op.number = len(_op.value) == 1, _number
+_WORDS = {
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.INPUT_GRAD: "input half of the backward",
+    Op.WEIGHT_GRAD: "weight half of the backward",
+    Op.SEND_F: "sending the output",
+    Op.RECV_F: "receiving the input",
+    Op.SEND_B: "sending the input gradient",
+    Op.RECV_B: "receiving the output gradient",
+    Op.REDUCE_GRAD: "reducing the gradients",
+}
 _PATTERN = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|REDUCE_GRAD|F|B|I|W)(\d*)")
 
 
@@ -78,6 +89,17 @@ class Action(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.stage}{self.op.value}{'' if self.microbatch is None else self.microbatch}"
+
+    @property
+    def words(self) -> str:
+        """The same for people.
+
+        Example:
+            >>> Action.parse("2F0").words
+            'forward of micro-batch 0 on stage 2'
+        """
+        of = "" if self.microbatch is None else f" of micro-batch {self.microbatch}"
+        return f"{_WORDS[self.op]}{of} on stage {self.stage}"
 
     @classmethod
     def parse(cls, text: str) -> Action:

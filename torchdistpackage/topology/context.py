@@ -25,18 +25,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchdistpackage.errors import TopologyError
+from torchdistpackage.topology.pipeline_links import LinkSettings, PipelineLinks, connect
 from torchdistpackage.topology.process_groups import (
     communication_device,
     control_group,
     create_groups,
     destroy_groups,
-    edge_groups,
     initialised_world,
     moves_cpu_tensors,
     setup_node_groups,
 )
 from torchdistpackage.topology.rank_table import STANDARD_MODES, RankTable, mesh_config, rank_table
-from torchdistpackage.topology.same_host import Door, open_door
 
 __all__ = ["ParallelContext", "is_using_pp", "torch_parallel_context", "tpc"]
 
@@ -48,12 +47,12 @@ class _State:
     table: RankTable
     world: weakref.ref[dist.ProcessGroup]
     rank: int
-    timeout: timedelta | float | None
+    settings: LinkSettings
     groups: dict[str, dist.ProcessGroup | None]
     owned: list[dist.ProcessGroup]
     control_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     mesh: DeviceMesh | None = None
-    door: Door | None = None
+    links: PipelineLinks | None = None
 
 
 class ParallelContext:
@@ -81,6 +80,7 @@ class ParallelContext:
         timeout: timedelta | float | None = None,
         custom_dims: Collection[str] = (),
         same_host: bool = True,
+        watchdog: float = 60.0,
     ) -> None:
         """Create this rank's groups. Every rank calls it with the same configuration; a former set-up is replaced.
 
@@ -90,6 +90,8 @@ class ParallelContext:
             timeout: of the operations in the new groups, also as seconds; None for torch's default of the backend.
             custom_dims: names besides the standard ones that `config` may use.
             same_host: pipeline messages between ranks of one machine go past the network; False sends all over gloo.
+            watchdog: seconds after which a rank that does not move inside of a step says, on every rank's log, what it
+                is doing or waiting for. It is given up after `timeout`.
 
         Example:
             >>> tpc.setup_process_groups([("data", 4), ("pipe", 2), ("tensor", 2)])  # doctest: +SKIP
@@ -98,18 +100,21 @@ class ParallelContext:
             TopologyError: torch.distributed is not initialised, the sizes do not multiply to the world size, a name
                 is unknown, or the ranks disagree.
         """
-        world = initialised_world()
+        world, settings = initialised_world(), LinkSettings(timeout, same_host, watchdog)
         table = rank_table(dist.get_world_size(), config, custom_dims=custom_dims)
         self.reset()
         modes = [mode for mode in table.modes if mode != "global"]
         groups = create_groups({mode: (table, mode) for mode in modes}, timeout=timeout)
-        self._adopt(table, world, timeout, groups, list(groups.values()), same_host)
+        self._adopt(table, world, settings, groups, list(groups.values()))
 
-    def setup_from_mesh(self, mesh: DeviceMesh, *, timeout: timedelta | float | None = None) -> None:
+    def setup_from_mesh(
+        self, mesh: DeviceMesh, *, timeout: timedelta | float | None = None, watchdog: float = 60.0
+    ) -> None:
         """Use the groups of an existing device mesh over the whole world; a former set-up is replaced.
 
         Dim names are kept, but "dp", "pp" and "tp" become "data", "pipe" and "tensor". The mesh keeps its groups:
-        `reset` does not destroy them. A "model" group is made as in `setup_process_groups`, with `timeout`.
+        `reset` does not destroy them. A "model" group is made as in `setup_process_groups`, with `timeout`; `watchdog`
+        is what it is there.
 
         Example:
             >>> mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))  # doctest: +SKIP
@@ -129,7 +134,7 @@ class ParallelContext:
         extra = set(table.modes) - set(dims)
         made = create_groups({"model": (table, "model")}, timeout=timeout) if "model" in extra else {}
         groups = {dim: mesh.get_group(name) for dim, name in zip(dims, names, strict=True)} | made
-        self._adopt(table, world, timeout, groups, list(made.values()), True)
+        self._adopt(table, world, LinkSettings(timeout, watchdog=watchdog), groups, list(made.values()))
         self._require().mesh = mesh
 
     @classmethod
@@ -149,7 +154,7 @@ class ParallelContext:
         table = replace(state.table, moe_ep_size=None).with_moe(moe_dp_size, moe_ep_size)
         for mode in ("moe_dp", "moe_ep"):
             self._forget(state, mode)
-        groups = create_groups({mode: (table, mode) for mode in ("moe_dp", "moe_ep")}, timeout=state.timeout)
+        groups = create_groups({mode: (table, mode) for mode in ("moe_dp", "moe_ep")}, timeout=state.settings.timeout)
         state.table = table
         state.groups.update(groups)
         state.owned.extend(groups.values())
@@ -190,8 +195,8 @@ class ParallelContext:
     def get_control_group(self, mode: str = "pipe") -> dist.ProcessGroup:
         """A group over the ranks of `mode` that moves CPU tensors: the mode's own if it can (gloo), else one beside it.
 
-        The one for "pipe" is made at set-up. The first call for another mode makes it and is collective over the
-        world, because torch names groups by how many there are; later calls are free.
+        Those for "pipe" and "data" are made at set-up. The first call for another mode makes it and is collective over
+        the world, because torch names groups by how many there are; later calls are free.
 
         Raises:
             TopologyError: the mode is not there.
@@ -201,17 +206,15 @@ class ParallelContext:
         if moves_cpu_tensors(group):
             return group
         if mode not in state.control_groups:
-            state.control_groups[mode] = control_group(state.table, mode, state.timeout)
+            state.control_groups[mode] = control_group(state.table, mode, state.settings.timeout)
         return state.control_groups[mode]
 
-    def get_edge_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
-        """The pipeline's groups for CUDA messages to a higher and to a lower rank; None where NCCL is not used."""
-        made = self._require("pipe").control_groups
-        return (made["pipe:up"], made["pipe:down"]) if "pipe:up" in made else None
-
-    def get_door(self) -> Door | None:
-        """The way to the ranks of this rank's pipeline on the same machine; None where there is none."""
-        return self._require().door
+    @property
+    def links(self) -> PipelineLinks:
+        """How this rank reaches the others of its pipeline, and its replicas."""
+        links = self._require().links
+        assert links is not None
+        return links
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -355,16 +358,12 @@ class ParallelContext:
         self,
         table: RankTable,
         world: dist.ProcessGroup,
-        timeout: timedelta | float | None,
+        settings: LinkSettings,
         groups: dict[str, dist.ProcessGroup],
         owned: list[dist.ProcessGroup],
-        same_host: bool,
     ) -> None:
-        self._state = _State(table, weakref.ref(world), dist.get_rank(), timeout, {**groups, "global": None}, owned)
-        if "pipe" in groups:
-            self.get_control_group("pipe")  # now, while all ranks are here
-            self._state.control_groups |= edge_groups(table, groups["pipe"], timeout)
-            self._state.door = open_door(self.get_control_group("pipe"), wanted=same_host)
+        self._state = _State(table, weakref.ref(world), dist.get_rank(), settings, {**groups, "global": None}, owned)
+        self._state.links = connect(table, self.get_control_group, groups, settings)
 
     def _forget(self, state: _State, mode: str) -> None:
         group = state.groups.pop(mode, None)

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from torchdistpackage.errors import TopologyError
+from torchdistpackage.topology.connections import note_sockets
 from torchdistpackage.topology.rank_table import RankTable, node_groups
 
 __all__ = [
@@ -66,15 +67,17 @@ def create_groups(
     groups: dict[str, dist.ProcessGroup] = {}
     for key, (table, mode) in memberships.items():
         for ranks in [table.group_of(mode, rank)] if local else table.all_groups(mode):
-            group = dist.new_group(
-                list(ranks),
-                timeout=as_timedelta(timeout),
-                backend=backend,
-                use_local_synchronization=local,
-                group_desc=f"torchdistpackage:{key}",
-            )
-            if rank in ranks:
-                groups[key] = cast(dist.ProcessGroup, group)
+            with note_sockets() as made:
+                group = dist.new_group(
+                    list(ranks),
+                    timeout=as_timedelta(timeout),
+                    backend=backend,
+                    use_local_synchronization=local,
+                    group_desc=f"torchdistpackage:{key}",
+                )
+                if rank in ranks:
+                    groups[key] = cast(dist.ProcessGroup, group)
+                    made.append(groups[key])
     return groups
 
 

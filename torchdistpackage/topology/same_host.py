@@ -115,6 +115,20 @@ class Door:
         for end in (self._listener, *self._called.values(), *self._watched.values()):
             end.close()
 
+    def condition(self, rank: int) -> str:
+        """What has become of the process of another rank of this machine; "" if it runs."""
+        try:
+            self._look_after(rank)
+            credentials = self._watched[rank].getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            process = _CREDENTIALS.unpack(credentials)[0]
+        except OSError:
+            return "its process has ended without a word: it was killed, or it ended early"
+        try:  # the state comes after the name, which is in brackets
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            return ""
+        return f"its process ({process}) is stopped" if state in "Tt" else ""
+
     def _look_after(self, rank: int) -> None:
         """Keeps a connection on which nothing is sent: it tells when the other process ends."""
         if rank not in self._watched:
