@@ -32,7 +32,7 @@ from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.runtime.backward import BackwardFn
 from torchdistpackage.runtime.executor import ChunkWork, StepResult
 from torchdistpackage.runtime.message import Kind, flatten
-from torchdistpackage.runtime.microbatch import merge_outputs, weighted_sum
+from torchdistpackage.runtime.microbatch import weighted_sum
 from torchdistpackage.runtime.p2p import TensorGroupShard
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.stage import ForwardFn
@@ -289,7 +289,7 @@ def _amount(inputs: Any) -> str:
 def _merged(result: StepResult, forward_only: bool) -> Any:
     """The batch's loss, or the rows of all micro-batches in order."""
     if forward_only:
-        return merge_outputs(result.outputs, result.weights)
+        return result.merged
     losses = [output for output in result.outputs if isinstance(output, Tensor) and output.numel() == 1]
     # A custom backward may start from something else than a loss; then there is no number to return.
     return weighted_sum(losses, result.weights) if len(losses) == len(result.outputs) else None

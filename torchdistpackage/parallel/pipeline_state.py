@@ -28,6 +28,7 @@ from torchdistpackage.runtime.watch import Watch
 from torchdistpackage.runtime.watchdog import Watchdog
 from torchdistpackage.schedule import Plan, Timeline
 from torchdistpackage.topology import tpc
+from torchdistpackage.topology.launch import store_host
 from torchdistpackage.topology.pipeline_links import PipelineLinks
 
 __all__ = ["PipelineState", "current_state", "guarded", "draw_last_step", "last_plan", "last_timeline"]
@@ -111,6 +112,7 @@ def _connected(links: PipelineLinks) -> PipelineState:
             patience=links.watchdog,
             world_size=dist.get_world_size(),
             interrupt=links.interrupt,
+            board_host=store_host(),
         )
     transport: Transport = loopback(1, device=device, watchdog=watchdog)[0]
     if links.pipe is not None:

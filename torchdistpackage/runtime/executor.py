@@ -33,7 +33,7 @@ from torchdistpackage.runtime.backward import BackwardFn
 from torchdistpackage.runtime.edge import Key
 from torchdistpackage.runtime.layout import Layout
 from torchdistpackage.runtime.message import Kind, Message
-from torchdistpackage.runtime.microbatch import Slices, microbatch_sizes, slice_inputs
+from torchdistpackage.runtime.microbatch import Slices, merge_outputs, microbatch_sizes, slice_inputs
 from torchdistpackage.runtime.program import Instruction, compile_program
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.stage import ForwardFn, GradientReducer, Output, Stage
@@ -73,12 +73,14 @@ class StepResult:
             output in evaluation. Elsewhere empty.
         weights: What each of them counts: its share of the batch for a mean, 1 for a sum.
         rows: Rows of the whole step's batch.
+        merged: In evaluation, the outputs put together.
         unsplit: For each stage of this rank on which input gradients had to run the whole backward: how often, and why.
     """
 
     outputs: list[Any] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     rows: int = 0
+    merged: Any = None
     unsplit: dict[int, tuple[int, str]] = field(default_factory=dict)
 
 
@@ -182,6 +184,11 @@ class Executor:
             at, watch.at = None, "the end of the step"
             if around is not None:
                 around.end_step(self.transport)
+            outputs = [self._outputs[i] for i in sorted(self._outputs)]
+            sizes = microbatch_sizes(self._rows, self.plan.num_microbatches)[: self._filled]
+            weights = [self._weight(size) for size in sizes]
+            # Before the end: outputs that do not fit together are everybody's failure.
+            merged = merge_outputs(outputs, weights) if self.plan.forward_only and outputs else None
             self._end()
             watch.end()
             self._looks = False
@@ -189,8 +196,6 @@ class Executor:
             if around is not None:
                 around.cancel()
             self._fail(error, at)
-        sizes = microbatch_sizes(self._rows, self.plan.num_microbatches)[: self._filled]
-        weights = [self._weight(size) for size in sizes]
         unsplit = {s: (len(stage.unsplit), stage.unsplit[0]) for s, stage in self._stages.items() if stage.unsplit}
         if unsplit and not self._told:
             self._told = True  # a schedule that lives on the split is no better than 1F1B then
@@ -199,9 +204,8 @@ class Executor:
                     "stage %d: the backward of %d of %d micro-batches could not be split and ran whole, because %s",
                     *(index, count, self._filled, reason),
                 )
-        result = StepResult([self._outputs[i] for i in sorted(self._outputs)], weights, self._rows, unsplit)
         self._forget()
-        return result
+        return StepResult(outputs, weights, self._rows, merged, unsplit)
 
     # --- begin and end ------------------------------------------------------------------------------------------------
 

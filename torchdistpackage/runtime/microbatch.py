@@ -104,7 +104,7 @@ def merge_outputs(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
         else kept if it is the same in all micro-batches, and otherwise as a list.
 
     Raises:
-        PipelineError: The structures differ.
+        PipelineError: Structures, types or the shapes of rows differ.
 
     Example:
         >>> merge_outputs([torch.tensor([1, 2]), torch.tensor([3])], [0.5, 0.5])
@@ -123,9 +123,19 @@ def merge_outputs(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
 
 def _merge_leaf(column: list[Any], weights: Sequence[float]) -> Any:
     first = column[0]
-    if not all(isinstance(leaf, Tensor) for leaf in column):
+    tensors = sum(isinstance(leaf, Tensor) for leaf in column)
+    if not tensors:
         return first if all(leaf == first for leaf in column) else column
+    if tensors < len(column):
+        kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in column))
+        raise PipelineError(f"the last stage returned different types for different micro-batches: {kinds}")
     if first.dim() > 0:
+        shapes = dict.fromkeys(tuple(leaf.shape[1:]) for leaf in column)
+        if len(shapes) > 1:
+            raise PipelineError(
+                "the last stage returned rows of different shapes for different micro-batches, which cannot be put "
+                f"together: {', '.join(map(str, shapes))}; return them in a list, or pad them"
+            )
         return first if len(column) == 1 else torch.cat(column)
     if first.is_floating_point():
         return weighted_sum(column, weights)

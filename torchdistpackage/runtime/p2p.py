@@ -204,19 +204,25 @@ class DistributedTransport(Transport):
 
     def stalled(self, error: Stalled, action: str) -> FailureReport:
         """Names the rank that all others wait for, directly or by way of each other, and what every rank is doing."""
-        said = self.watchdog.said() if self.watchdog is not None else {}
+        watchdog, others = self.watchdog, [rank for rank in range(self.num_ranks) if rank != self.rank]
+        said = {} if watchdog is None else watchdog.said()
+        conditions = {rank: self.condition(rank) for rank in others}
         culprit, passed = error.peer, {self.rank}
         while culprit in said and said[culprit].awaits >= 0 and culprit not in passed:
             passed.add(culprit)
             culprit = said[culprit].awaits
+        if not said and any(conditions.values()):
+            culprit = next(rank for rank, condition in conditions.items() if condition)
+        elif watchdog is not None and not watchdog.answers and watchdog.board_host in self.global_ranks:
+            culprit = self.global_ranks.index(watchdog.board_host)  # not even the store in its process answers
         lines = [
             f"it has not gone on for {error.seconds:g} s, the process group's time-out. What the ranks were doing:"
         ]
         for rank in range(self.num_ranks):
-            doing = f"{self.name(rank)} waits for rank {error.peer} at {action}" if rank == self.rank else ""
-            doing = doing or (said[rank].text if rank in said else f"{self.name(rank)} says nothing")
-            condition = self.condition(rank) if rank != self.rank else ""
-            lines.append(f"  {doing}" + (f": {condition}" if condition else ""))
+            doing = said[rank].text if rank in said else f"{self.name(rank)} says nothing"
+            if rank == self.rank:
+                doing = f"{self.name(rank)} waits for rank {error.peer} at {action}"
+            lines.append(f"  {doing}" + (f": {conditions[rank]}" if conditions.get(rank) else ""))
         whole = error.__cause__ is None  # a wait of gloo's that has ended in this way has broken its connection
         return FailureReport(culprit, self.global_ranks[culprit], "", "\n".join(lines), "", whole=whole)
 

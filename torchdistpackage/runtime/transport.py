@@ -226,14 +226,14 @@ class Transport(ABC):
             whole = not isinstance(error, NotWhole)
             report = FailureReport.of(error, rank=self.rank, global_rank=self.global_rank, action=action)
             report = replace(report, whole=whole)
-        if not isinstance(error, RemoteFailure):
-            self.publish(report)
         if not report.whole:
             self._broken, self._others_know = report.as_error(), True
         elif self.watch.interrupted:
             self._broken = report.as_error()
         for transport in (self, *self.companions):
             transport.abort(report)
+        if not isinstance(error, RemoteFailure):  # before this rank leaves, and after what does not need the store
+            self.publish(report)
         self.watch.next_epoch()
         raised: BaseException = error if own else report.as_error()
         if note and hasattr(raised, "add_note"):

@@ -74,6 +74,12 @@ class Watchdog:
         patience: Seconds without a move after which it says what it is doing; then after twice that, and so on.
         world_size: How many ranks look at the same board.
         interrupt: Ends the waits of process groups, for good.
+        board_host: The global rank in whose process the board is; None if it is in none of them.
+
+    Attributes:
+        watch: What this rank does.
+        board_host: As given.
+        answers: Whether the board has answered so far.
     """
 
     def __init__(
@@ -86,8 +92,10 @@ class Watchdog:
         patience: float,
         world_size: int,
         interrupt: Callable[[], None],
+        board_host: int | None = None,
     ) -> None:
         self.watch, self._board, self._ranks, self._rank = watch, board, ranks, rank
+        self.board_host, self.answers = board_host, True
         self._patience, self._pause, self._interrupt = patience, max(_TICK, world_size / _ASKS), interrupt
         self._requests: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -95,7 +103,6 @@ class Watchdog:
         self._since = self._known_since = self._next_look = time.monotonic()
         self._spoken = 0
         self._processor: tuple[float, float] | None = None
-        self._store_is_gone = False
 
     def start(self) -> None:
         """Begins; a second call does nothing."""
@@ -126,12 +133,15 @@ class Watchdog:
         return {self._ranks.index(rank): Doing(**json.loads(text)) for rank, text in found.items()}
 
     def _ask(self, function: Callable[[], Any]) -> Any:
+        if not self.answers:
+            return None
         self.start()
         answer: Future[Any] = Future()
         self._requests.put((function, answer))
         try:
             return answer.result(2 * _TICK)
-        except (TimeoutError, RuntimeError, ValueError):  # the store is gone with its host, or does not answer
+        except (TimeoutError, RuntimeError, ValueError):  # it is gone with its host, or its host is stopped
+            self.answers = False
             return None
 
     # --- the thread ---------------------------------------------------------------------------------------------------
@@ -178,12 +188,12 @@ class Watchdog:
             self.watch.tell(epoch, report)
 
     def _find_quietly(self) -> None:
-        if self._store_is_gone:
+        if not self.answers:
             return
         try:
             self._find()
         except (RuntimeError, ValueError):
-            self._store_is_gone = True  # with its host; messages still tell
+            self.answers = False  # it is gone with its host; messages still tell
 
     def _end_wait(self, now: float) -> None:
         """Closes the groups if a step that has failed does not end by itself."""
@@ -215,7 +225,7 @@ class Watchdog:
         try:
             self._board.say(self.watch.epoch, self._ranks[self._rank], text)
         except (RuntimeError, ValueError):
-            self._store_is_gone = True
+            self.answers = False
 
     # --- what the step is doing ---------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from torchdistpackage.errors import TopologyError
 from torchdistpackage.topology.context import tpc
 from torchdistpackage.topology.process_groups import as_timedelta
 
-__all__ = ["DEFAULT_SLURM_PORT", "Launch", "find_free_port", "setup_distributed"]
+__all__ = ["DEFAULT_SLURM_PORT", "Launch", "find_free_port", "setup_distributed", "store_host"]
 
 DEFAULT_SLURM_PORT = 54647
 """All nodes of a SLURM job must know the port without talking, so it is a constant."""
@@ -122,6 +122,11 @@ def setup_distributed(
         "rank %d of %d is up (%s, %s, store at %s:%d)", rank, world_size, plan.source, backend, addr, store_port
     )
     return plan.launch
+
+
+def store_host() -> int | None:
+    """The global rank in whose process the key-value store is; None where the launcher has it."""
+    return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 
 
 def find_free_port() -> str:
