@@ -106,6 +106,7 @@ def check_hard_fault(schedule, forward_only, same_host, fault, bad):
         elif fault == "stuck":
             assert f"rank {bad} of the pipeline (global rank {bad}) is at" in text, text
             assert "in _sleep (" in text, text
+            assert place["microbatch"] == 1
         else:
             assert f"rank {bad} of the pipeline says nothing" in text, text
             assert "is stopped" in text or not same_host, text

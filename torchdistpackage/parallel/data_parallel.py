@@ -89,7 +89,7 @@ class DistributedDataParallelReducer:
         self._modules, self._agree = modules, agree
         self._family = [self]
         self._together: list[DistributedDataParallelReducer] = []
-        self._complete = False
+        self._complete = self._under_way = False
         self._quiet: list[DistributedDataParallel] = []
         self._reached: frozenset[int] | None = None
         self._output: Any = None
@@ -148,6 +148,7 @@ class DistributedDataParallelReducer:
         self._reached, self._output = parameters, output
         self._together = self._connected()
         if len(self._together) == 1:
+            self._under_way = bool(self._quiet)
             for module in self._quiet:
                 _prepare(module, _tensors(output))
 
@@ -157,22 +158,30 @@ class DistributedDataParallelReducer:
         together = self._together or [self]
         if not all(reducer._complete for reducer in together):
             return  # the last of the chunks that share a parameter reduces for all of them
+        self._under_way = True
         if len(together) > 1:
             _reduce_now([module for reducer in together for module in reducer._quiet])
         elif self._reached is not None:
             for module in self._quiet:
                 _report_ready(module, self._reached, self._output)
+        self._under_way = False
         for reducer in together:
             reducer.cancel()
 
-    def cancel(self) -> None:
-        """Leaves the user's modules as they were."""
+    def cancel(self) -> bool:
+        """Leaves the user's modules as they were.
+
+        Returns:
+            Whether it could: torch's reducer cannot be told to forget a reduction that has begun.
+        """
+        whole, self._under_way = not self._under_way, False
         for module in self._quiet:
             module.require_backward_grad_sync = True
             module.require_forward_param_sync = True  # the quiet forwards have turned it off
         self._quiet = []
         self._reached = self._output = None
         self._together, self._complete = [], False
+        return whole
 
     def _connected(self) -> list[DistributedDataParallelReducer]:
         """This chunk and those that share parameters with it, directly or by way of others, in the model's order."""

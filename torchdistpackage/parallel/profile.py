@@ -67,7 +67,7 @@ def profile_stage_costs(
     """
     state = current_state()
     transport = state.transport
-    try:
+    with transport.guard("the arguments of profile_stage_costs"):
         functions: list[Any] = list(fwd_fn) if isinstance(fwd_fn, (list, tuple)) else [fwd_fn]
         own = list(inputs) if isinstance(fwd_fn, (list, tuple)) and inputs is not None else [inputs] * len(functions)
         if len(own) != len(functions) or not all(map(callable, functions)) or repeats < 1:
@@ -77,8 +77,6 @@ def profile_stage_costs(
             )
         whole = leanest_plan(placement, transport.num_ranks, num_microbatches, len(functions))
         split = complete(split_backwards(without_communication(whole)))
-    except BaseException as error:
-        transport.fail(error, "the arguments of profile_stage_costs")
     steps = []
     with _untouched(functions) as guarded, torch.enable_grad():
         for plan in (whole, split):
@@ -88,7 +86,8 @@ def profile_stage_costs(
                 work = [ChunkWork(f, inputs=x, reducer=_Silent()) for f, x in zip(guarded, own, strict=True)]
                 executor.run(work, signature=", profiling", recorder=recorder)
                 if recorder is not None:
-                    steps.append(measure_step(transport, state.control, plan, recorder))
+                    with transport.guard("gathering what was measured"):
+                        steps.append(measure_step(transport, state.control, plan, recorder))
     return stage_costs(steps, whole.placement.num_stages)
 
 
@@ -99,7 +98,11 @@ class _Silent:
     def __init__(self) -> None:
         self._inner = DistributedDataParallelReducer()
         self.watch = self._inner.watch
-        self.cancel = self.finish = self._inner.cancel
+        self.cancel = self._inner.cancel
+
+    def finish(self) -> None:
+        """Leaves the modules as they were."""
+        self.cancel()
 
     def arm(self, output: Any, parameters: frozenset[int] | None) -> None:
         """What was computed is not kept, so that it needs no reducing."""

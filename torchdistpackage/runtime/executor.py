@@ -368,16 +368,15 @@ class Executor:
 
     def _fail(self, error: BaseException, at: Instruction | None) -> NoReturn:
         """Tells the other ranks, cleans up, and raises what is this rank's to raise."""
-        for stage in self._stages.values():
-            if stage.reducer is not None:
-                stage.reducer.cancel()
+        reducers = [stage.reducer for stage in self._stages.values() if stage.reducer is not None]
+        whole = all([reducer.cancel() for reducer in reducers])
         self._forget()
         grid = ""
         if at is not None:
             mark = (self.transport.rank, at.position)
             grid = f"the step's plan, this rank's position marked:\n{self.plan.to_text(mark=mark, window=4)}"
         action = "the begin or end of the step" if at is None else str(at.action)
-        self.transport.fail(error, action, grid)
+        self.transport.fail(error, action, grid, whole=whole)
 
 
 def _detached(output: Any) -> Any:

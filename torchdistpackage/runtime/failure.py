@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import traceback
 from dataclasses import asdict, dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -37,12 +37,13 @@ class FailureReport:
     """Who failed, where and why.
 
     Attributes:
-        rank: Rank in its pipeline.
+        rank: Rank in its pipeline, or in what `kind` says; -1 if it is in neither.
         global_rank: Rank in the world.
         action: The action as text (`"2F0"`), or what the rank did outside of the plan; "" if nobody knows.
         error: `repr` of the exception, or what the others saw.
         trace: The traceback's text, or its tail.
         whole: Whether all connections still work after it.
+        kind: What the rank is one of.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class FailureReport:
     error: str
     trace: str
     whole: bool = True
+    kind: str = "pipeline"
 
     @classmethod
     def of(cls, error: BaseException, *, rank: int, global_rank: int, action: str) -> FailureReport:
@@ -84,9 +86,10 @@ class FailureReport:
         except ScheduleError:
             action, at = None, f" at {self.action}" if self.action else ""
         trace = f"\nIts traceback:\n{self.trace}" if self.trace else ""
-        raised = PipelineError(
-            f"rank {self.rank} of the pipeline (global rank {self.global_rank}) failed{at}: {self.error}{trace}"
-        )
+        who = f"rank {self.rank} of the {self.kind} (global rank {self.global_rank})"
+        if self.rank < 0:
+            who = f"global rank {self.global_rank}"
+        raised = PipelineError(f"{who} failed{at}: {self.error}{trace}")
         raised.global_rank, raised.action = self.global_rank, self.action or None
         if action is not None:
             raised.stage, raised.microbatch = action.stage, action.microbatch
@@ -106,35 +109,46 @@ class NotWhole(PipelineError):
 
 
 class ConnectionLost(TransportError):
-    """The connection to a rank broke: it was killed, or it failed and left."""
+    """The connection to a rank broke: it was killed, or it failed and left.
 
-    def __init__(self, peer: int, doing: str) -> None:
+    Attributes:
+        place: Whose rank `peer` is: the transport.
+        peer: The rank at the other end.
+    """
+
+    def __init__(self, place: Any, peer: int, doing: str) -> None:
         super().__init__(f"the connection broke while {doing} rank {peer}")
-        self.peer = peer
+        self.place, self.peer = place, peer
 
 
 class Stalled(TransportError):
-    """A rank did not send what is waited for within the time-out, and its connection is open."""
+    """A rank did not send what is waited for within the time-out, and its connection is open.
 
-    def __init__(self, peer: int, seconds: float) -> None:
+    Attributes:
+        place: Whose rank `peer` is: the transport.
+        peer: The rank at the other end.
+        seconds: The time-out.
+    """
+
+    def __init__(self, place: Any, peer: int, seconds: float) -> None:
         super().__init__(f"nothing came from rank {peer} within {seconds:g} s, the process group's time-out")
-        self.peer, self.seconds = peer, seconds
+        self.place, self.peer, self.seconds = place, peer, seconds
 
 
-def raise_lost(error: Exception, peer: int, doing: str, timeout: float) -> NoReturn:
+def raise_lost(error: Exception, place: Any, peer: int, doing: str) -> NoReturn:
     """Raises what an error of sockets or of torch.distributed means.
 
     Args:
         error: What was caught; errors of ours go on as they are.
+        place: The transport that `peer` is a rank of.
         peer: The rank at the other end.
         doing: What was tried.
-        timeout: Of the process group, in seconds.
     """
     if isinstance(error, TransportError):
         raise error
     if "timed out" in str(error).lower():
-        raise Stalled(peer, timeout) from error
-    raise ConnectionLost(peer, doing) from error
+        raise Stalled(place, peer, place.timeout) from error
+    raise ConnectionLost(place, peer, doing) from error
 
 
 def is_torn(error: BaseException) -> bool:

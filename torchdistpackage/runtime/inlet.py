@@ -34,6 +34,7 @@ class Inlet:
 
     def __init__(self, transport: Transport, sender: int) -> None:
         self._transport, self._sender, self._watch = transport, sender, transport.watch
+        self._awaited = transport.global_ranks[sender]
         self._slots, self._bulk = transport.receiver(sender), transport.receiver(sender, bulk=True)
         self._slot = self._longest = MIN_SLOT
         self._posted: deque[tuple[Tensor, Handle]] = deque()
@@ -81,7 +82,7 @@ class Inlet:
 
     def _receive_next(self) -> None:
         watch = self._watch
-        watch.awaits = self._sender
+        watch.awaits = self._awaited
         try:
             if self._posted:
                 buffer, handle = self._posted.popleft()
@@ -181,7 +182,7 @@ class Inlet:
             with self._transport.receiving(device):
                 buffer = torch.empty(length, dtype=torch.uint8, device=device)
                 handle = self._bulk(buffer)
-            self._watch.awaits = self._sender
+            self._watch.awaits = self._awaited
             handle.wait()
             self._watch.awaits = -1
         except BROKEN as error:
@@ -195,4 +196,4 @@ class Inlet:
         return TransportError(f"rank {self._sender} announces a message of {length} bytes whose layout {known}")
 
     def _lost(self, error: Exception) -> NoReturn:
-        raise_lost(error, self._sender, "receiving from", self._transport.timeout)
+        raise_lost(error, self._transport, self._sender, "receiving from")

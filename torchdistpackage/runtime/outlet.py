@@ -268,4 +268,4 @@ class Outlet:
         try:
             return stream(buffer)
         except BROKEN as error:
-            raise_lost(error, self._receiver, "sending to", self._transport.timeout)
+            raise_lost(error, self._transport, self._receiver, "sending to")

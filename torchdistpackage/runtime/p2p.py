@@ -205,26 +205,27 @@ class DistributedTransport(Transport):
     def stalled(self, error: Stalled, action: str) -> FailureReport:
         """Names the rank that all others wait for, directly or by way of each other, and what every rank is doing."""
         watchdog, others = self.watchdog, [rank for rank in range(self.num_ranks) if rank != self.rank]
-        said = {} if watchdog is None else watchdog.said()
-        conditions = {rank: self.condition(rank) for rank in others}
-        culprit, passed = error.peer, {self.rank}
+        said = {} if watchdog is None else watchdog.said(self.global_ranks)
+        conditions = {self.global_ranks[rank]: self.condition(rank) for rank in others}
+        culprit, passed = self.global_ranks[error.peer], {self.global_rank}
         while culprit in said and said[culprit].awaits >= 0 and culprit not in passed:
             passed.add(culprit)
             culprit = said[culprit].awaits
         if not said and any(conditions.values()):
             culprit = next(rank for rank, condition in conditions.items() if condition)
-        elif watchdog is not None and not watchdog.answers and watchdog.board_host in self.global_ranks:
-            culprit = self.global_ranks.index(watchdog.board_host)  # not even the store in its process answers
-        lines = [
-            f"it has not gone on for {error.seconds:g} s, the process group's time-out. What the ranks were doing:"
-        ]
-        for rank in range(self.num_ranks):
-            doing = said[rank].text if rank in said else f"{self.name(rank)} says nothing"
+        elif watchdog is not None and not watchdog.answers and watchdog.board_host in conditions:
+            culprit = watchdog.board_host  # not even the store in its process answers
+        lines = [f"it has not gone on for {error.seconds:g} s, the process group's time-out. What ranks were doing:"]
+        for rank, global_rank in enumerate(self.global_ranks):
+            doing = said[global_rank].text if global_rank in said else f"{self.name(rank)} says nothing"
             if rank == self.rank:
                 doing = f"{self.name(rank)} waits for rank {error.peer} at {action}"
-            lines.append(f"  {doing}" + (f": {conditions[rank]}" if conditions.get(rank) else ""))
+            condition = conditions.get(global_rank)
+            lines.append(f"  {doing}" + (f": {condition}" if condition else ""))
+        known = said[culprit].action if culprit in said else ""
+        place = self.global_ranks.index(culprit) if culprit in self.global_ranks else -1
         whole = error.__cause__ is None  # a wait of gloo's that has ended in this way has broken its connection
-        return FailureReport(culprit, self.global_ranks[culprit], "", "\n".join(lines), "", whole=whole)
+        return FailureReport(place, culprit, known, "\n".join(lines), "", whole=whole, kind=self.kind)
 
     def _host_sender(self, receiver: int, bulk: bool) -> Mover:
         board = self._switchboard
@@ -235,7 +236,7 @@ class DistributedTransport(Transport):
             try:
                 self._sending[receiver] = SendingLink(board.call(receiver, self.epoch))
             except OSError as error:
-                raise ConnectionLost(receiver, "calling") from error
+                raise ConnectionLost(self, receiver, "calling") from error
         return self._sending[receiver]
 
     def _host_receiver(self, sender: int, bulk: bool) -> Mover:
@@ -261,7 +262,7 @@ class DistributedTransport(Transport):
         """
         self.watch.check()
         if waited > self.timeout:
-            raise Stalled(peer, self.timeout)
+            raise Stalled(self, peer, self.timeout)
 
     def _tag(self, bulk: bool) -> int:
         return _TAG_BASE + 2 * (self.epoch % _EPOCHS) + bulk

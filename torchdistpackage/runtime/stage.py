@@ -57,8 +57,12 @@ class GradientReducer(Protocol):
     def finish(self) -> None:
         """Comes after the last backward: returns when the gradients are reduced."""
 
-    def cancel(self) -> None:
-        """Comes after a failure: leaves the user's modules as they were."""
+    def cancel(self) -> bool:
+        """Comes after a failure: leaves the user's modules as they were.
+
+        Returns:
+            Whether it could: not in the middle of a reduction.
+        """
 
 
 class Output(NamedTuple):

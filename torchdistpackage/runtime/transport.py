@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -205,13 +205,14 @@ class Transport(ABC):
         if token_to is not None:
             self.outlet(token_to).send_empty(Kind.DONE, 0, 0, 0)
 
-    def fail(self, error: BaseException, action: str, note: str = "") -> NoReturn:
+    def fail(self, error: BaseException, action: str, note: str = "", *, whole: bool = True) -> NoReturn:
         """Ends a step that cannot go on: every rank is told, and this one raises.
 
         Args:
             error: What was caught.
             action: What this rank was doing.
             note: Added to the exception that is raised.
+            whole: Whether this rank could run another step.
 
         Raises:
             PipelineError: Another rank's failure.
@@ -222,14 +223,12 @@ class Transport(ABC):
             raise error
         report = self._cause(error, action)
         own = report is None
+        whole = whole and not self.watch.interrupted and not isinstance(error, NotWhole)
         if report is None:
-            whole = not isinstance(error, NotWhole)
             report = FailureReport.of(error, rank=self.rank, global_rank=self.global_rank, action=action)
             report = replace(report, whole=whole)
-        if not report.whole:
-            self._broken, self._others_know = report.as_error(), True
-        elif self.watch.interrupted:
-            self._broken = report.as_error()
+        if not whole or not report.whole:
+            self._broken, self._others_know = report.as_error(), not report.whole
         for transport in (self, *self.companions):
             transport.abort(report)
         if not isinstance(error, RemoteFailure):  # before this rank leaves, and after what does not need the store
@@ -247,9 +246,9 @@ class Transport(ABC):
         if isinstance(error, RemoteFailure):
             return error.report
         if isinstance(error, ConnectionLost):
-            return self.find_report() or self.lost(error.peer, action)
+            return self.find_report() or cast(FailureReport, error.place.lost(error.peer, action))
         if isinstance(error, Stalled):
-            return self.find_report() or self.stalled(error, action)
+            return self.find_report() or cast(FailureReport, error.place.stalled(error, action))
         if self.watch.interrupted:
             return self.watch.report
         return self.find_report() or self.torn(error, action) if is_torn(error) else None
@@ -274,11 +273,12 @@ class Transport(ABC):
         """The report of a rank that has gone without one."""
         what = self.condition(peer) or "it closed its connections without a word: it was killed, or it ended early"
         seen = f"{what}; {self.name(self.rank)} waited for it at {action}"
-        return FailureReport(peer, self.global_ranks[peer], "", seen, "", whole=False)
+        return FailureReport(peer, self.global_ranks[peer], "", seen, "", whole=False, kind=self.kind)
 
     def stalled(self, error: Stalled, action: str) -> FailureReport:
         """The report of a rank that does not go on."""
-        return FailureReport(error.peer, self.global_ranks[error.peer], "", f"{error}, at {action}", "", whole=False)
+        text = f"{error}, at {action}"
+        return FailureReport(error.peer, self.global_ranks[error.peer], "", text, "", whole=False, kind=self.kind)
 
     def torn(self, error: BaseException, action: str) -> FailureReport | None:
         """The report of a collective whose group broke; None if nobody is known to have left."""

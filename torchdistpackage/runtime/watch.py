@@ -19,7 +19,7 @@ class Watch:
 
     Attributes:
         at: The instruction of the plan that is being run, a few words for anything else, None between steps.
-        awaits: The rank whose message is waited for; -1 if none is.
+        awaits: The global rank whose message is waited for; -1 if none is.
         thread: The thread that runs it.
         step: Counts steps and whatever else is watched: the same instruction in two steps is not one long wait.
         epoch: Counts failures.

@@ -54,11 +54,13 @@ class Doing:
     """What a rank that does not move has said.
 
     Attributes:
-        awaits: The rank of the pipeline that it waits for; -1 if it does not wait for a message.
+        awaits: The global rank that it waits for; -1 if it does not wait for a message.
+        action: The action of the plan that it is at; "" outside of one.
         text: The rest, for people.
     """
 
     awaits: int
+    action: str
     text: str
 
 
@@ -126,11 +128,11 @@ class Watchdog:
         """Looks at the board now: a report is then with the watch."""
         self._ask(self._find)
 
-    def said(self) -> dict[int, Doing]:
-        """What the ranks of the pipeline that do not move have said of it, by rank."""
+    def said(self, ranks: Sequence[int]) -> dict[int, Doing]:
+        """What those of these global ranks that do not move have said of it."""
         epoch = self.watch.epoch
-        found = self._ask(lambda: self._board.said(epoch, self._ranks)) or {}
-        return {self._ranks.index(rank): Doing(**json.loads(text)) for rank, text in found.items()}
+        found = self._ask(lambda: self._board.said(epoch, ranks)) or {}
+        return {rank: Doing(**json.loads(text)) for rank, text in found.items()}
 
     def _ask(self, function: Callable[[], Any]) -> Any:
         if not self.answers:
@@ -219,7 +221,9 @@ class Watchdog:
         self._spoken += 1
         text = f"{self._here()}, for {waited:.0f} s now"
         _log.warning("%s%s", text, self._stack() if self.watch.awaits < 0 else "")
-        self._say(json.dumps({"awaits": self.watch.awaits, "text": text}))
+        at = self.watch.at
+        action = str(at.action) if isinstance(at, Instruction) else ""
+        self._say(json.dumps({"awaits": self.watch.awaits, "action": action, "text": text}))
 
     def _say(self, text: str) -> None:
         try:
@@ -234,7 +238,8 @@ class Watchdog:
         action = f"{at.action} ({at.action.words})" if isinstance(at, Instruction) else str(at)
         who = f"rank {self._rank} of the pipeline (global rank {self._ranks[self._rank]})"
         if awaits >= 0:
-            return f"{who} waits for rank {awaits} (global rank {self._ranks[awaits]}) at {action}"
+            place = f"rank {self._ranks.index(awaits)}, " if awaits in self._ranks else ""
+            return f"{who} waits for {place}global rank {awaits}, at {action}"
         frame = self._frame()
         while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
             frame = frame.f_back
