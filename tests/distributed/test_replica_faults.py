@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_harness import run_distributed
 from distributed_pipeline import loss_step, make_layers, own_inputs, start
 from fault_pipeline import OUTPUT_FAULTS, outcome
@@ -114,3 +115,26 @@ def test_a_killed_rank_is_named_by_replicas(pipe, call):
             assert found[2]["global_rank"] == bad, found
             assert found[-1] < 5, found
             assert "start all ranks again" in again[1], again
+
+
+def tensor_parallel(rank, world, bad):
+    start(2, config=[("pipe", 2), ("tensor", 2)])
+    stage, trap = nn.Linear(6, 6).double(), FailsAt("forward" if rank == bad else None, 2)
+
+    def fwd_fn(arguments):
+        x, *targets = arguments if isinstance(arguments, list) else [arguments]
+        out = trap(stage(x))
+        partial = out.detach().clone()
+        dist.all_reduce(partial, group=tpc.get_group("tensor"))  # the other rank of the stage never comes
+        return nn.functional.mse_loss(out, targets[0]) if targets else out
+
+    x, y = torch.randn(12, 6).double(), torch.randn(12, 6).double()
+    found = outcome(lambda: forward_backward(None, fwd_fn, None, own_inputs(x, y), 4))
+    return found, outcome(lambda: forward_backward(None, fwd_fn, None, own_inputs(x, y), 4))
+
+
+@pytest.mark.parametrize("bad", [0, 3])
+def test_a_collective_in_a_stage_ends_when_its_other_rank_has_failed(bad):
+    everyone = run_distributed(tensor_parallel, 4, bad)
+    check([(found, again, None) for found, again in everyone], bad, "Planted")
+    assert all("start all ranks again" in again[1] for _, again in everyone), everyone

@@ -7,6 +7,7 @@ import torch
 from loopback_pipeline import assert_same_gradients, mse, plain_loop, run_step, stage_functions, stage_inputs, train
 from torch import nn
 
+from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime import ChunkWork, Executor
 from torchdistpackage.runtime.loopback import loopback
 from torchdistpackage.schedule import build, complete
@@ -74,3 +75,11 @@ def test_structures_are_handed_over(name):
             value = function(value)
         (chain[-1]([value, b]) / 3).backward()
     assert_same_gradients(stages, reference)
+
+
+def test_what_is_changed_before_it_is_taken_is_refused():
+    count, w = torch.tensor(0), torch.ones(3, requires_grad=True)
+    functions = [lambda x: (x * w, count.add_(1)), lambda given: given[0].sum() * given[1]]
+    work = [ChunkWork(functions[0], inputs=torch.randn(3, 3)), ChunkWork(functions[1])]
+    with pytest.raises(PipelineError, match="stage 0 returned a tensor and changed it in place"):
+        Executor(build("looped-bfs", 1, 3, chunks=2), loopback(1)[0]).run(work)

@@ -199,3 +199,17 @@ def test_a_stage_may_end_in_a_custom_function_or_return_a_parameter():
         assert not isinstance(result, Exception), result
     assert w.grad.tolist() == [4.0] * 3
     assert v.grad.tolist() == [4.0] * 3
+
+
+def test_a_value_that_repeats_keeps_its_place_when_leaves_before_it_change_their_type():
+    edge = Edge()
+    mask, other, more = torch.ones(2), torch.full((2,), 3.0), torch.zeros(2)
+    edge.step([(None, mask)] * 2)
+    arrived, _ = edge.step([(None, mask), (more, other), (more, other), (None, other)])
+    assert [tree[1].tolist() for tree in arrived] == [[1.0, 1.0]] + [[3.0, 3.0]] * 3
+
+
+@pytest.mark.parametrize("values", [[0.0, -0.0, 0.0], [complex(0.0, -0.0), 0j], [float("nan"), 1.0, float("nan")]])
+def test_constants_keep_their_sign_and_their_kind(values):
+    arrived, _ = Edge().step([(torch.ones(1), value) for value in values])
+    assert [repr(tree[1]) for tree in arrived] == [repr(value) for value in values]

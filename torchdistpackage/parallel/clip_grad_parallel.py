@@ -60,9 +60,6 @@ def clip_grad_norm_(
         >>> total_norm = clip_grad_norm_(model.parameters(), 1.0)
         >>> optimizer.step()
     """
-    norm_type = float(norm_type)
-    if not norm_type > 0:
-        raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     own = list({id(parameter): parameter for parameter in given}.values())  # chunks of one rank may share some
     with_grad = [p for p in own if p.grad is not None]
@@ -71,6 +68,9 @@ def clip_grad_norm_(
     if tpc.get_group_size("tensor") > 1 and tpc.get_group_rank("tensor") > 0:
         elsewhere |= {id(p) for p in replicated}
     with guarded("clip_grad_norm_"):
+        norm_type = float(norm_type)
+        if not norm_type > 0:
+            raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
         counted = [p.grad for p in with_grad if id(p) not in elsewhere and p.grad is not None]
         total = _total_norm(counted, own, norm_type)
     if error_if_nonfinite and not torch.isfinite(total):

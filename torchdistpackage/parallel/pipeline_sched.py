@@ -123,6 +123,7 @@ def forward_backward(
         loss_reduction, broadcast_loss, dtype, scatter_gather_tensors, record_timeline, is_auto(schedule), scaler
     )
     with transport.guard("the arguments of forward_backward"):
+        kept.recover()
         _check_arguments(optimizer, fwd_fn, bwd_fn, loss_reduction, dtype)
         auto = _auto(kept, schedule, num_microbatches, fwd_fn, memory_limit)
         plan = _plan(auto, schedule, size, num_microbatches, forward_only, fwd_fn, inputs)
@@ -264,7 +265,7 @@ def _reducers(
 ) -> Sequence[DistributedDataParallelReducer | None]:
     """What reduces the gradients of each chunk over its replicas."""
     of_chunks = partial(
-        DistributedDataParallelReducer.of_chunks, agree=None if kept.replicas is None else kept.replicas.agree
+        DistributedDataParallelReducer.of_chunks, agree=kept.replicas["data"].agree if "data" in kept.replicas else None
     )
     # Without replicas there is nothing to find, except for a wrapper around the one replica of a "data" dimension.
     replicas = tpc._is_inited("data") or (dist.is_initialized() and dist.get_world_size() > plan.placement.num_ranks)

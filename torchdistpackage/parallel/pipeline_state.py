@@ -7,7 +7,7 @@ It belongs to the pipeline group that is set up now; another `setup_process_grou
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +43,7 @@ class PipelineState:
     Attributes:
         links: How this rank reaches the others.
         transport: To the ranks of its pipeline.
-        replicas: The replicas of its stages; None if there are none.
+        replicas: Those that hold the same stages, by mode ("data", "tensor"), where there are any.
         executors: One for each plan that was run.
         planners: One for each kind of step that is planned from measured costs.
         plan: What the last step ran.
@@ -52,11 +52,25 @@ class PipelineState:
 
     links: PipelineLinks
     transport: Transport
-    replicas: Replicas | None
+    replicas: Mapping[str, Replicas]
     executors: dict[Plan, Executor] = field(default_factory=dict)
     planners: dict[Any, AutoPlan] = field(default_factory=dict)
     plan: Plan | None = None
     step: MeasuredStep | None = None
+    _epoch: int = 0
+
+    def recover(self) -> None:
+        """Comes at the begin of each step: after a failure, no rank goes on before its replicas have heard of it.
+
+        One of them may still wait in a collective of the failed step, which must not meet one of the next.
+
+        Raises:
+            RemoteFailure: It has closed its groups to get out of there.
+        """
+        if self._epoch != self.transport.epoch:
+            for replicas in self.replicas.values():
+                replicas.agree()
+            self._epoch = self.transport.epoch
 
     @property
     def control(self) -> dist.ProcessGroup | None:
@@ -102,7 +116,7 @@ def guarded(action: str) -> Iterator[None]:
 def _connected(links: PipelineLinks) -> PipelineState:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     watchdog = None
-    if links.pipe is not None or links.replicas is not None:
+    if links.pipe is not None or links.replicas:
         store = dist.distributed_c10d._get_default_store()
         watchdog = Watchdog(
             Watch(),
@@ -119,14 +133,11 @@ def _connected(links: PipelineLinks) -> PipelineState:
         transport = DistributedTransport(
             links.pipe.control, links.edges, device=device, switchboard=links.pipe.door, watchdog=watchdog
         )
-    replicas = None
-    if links.replicas is not None:
-        replicas = Replicas(
-            DistributedTransport(
-                links.replicas.control, device=device, switchboard=links.replicas.door, watchdog=watchdog
-            )
-        )
-        transport.companions.append(replicas.transport)
+    replicas = {}
+    for mode, link in links.replicas.items():
+        way = DistributedTransport(link.control, device=device, switchboard=link.door, watchdog=watchdog)
+        replicas[mode] = Replicas(way, mode)
+        transport.companions.append(way)
     return PipelineState(links, transport, replicas)
 
 

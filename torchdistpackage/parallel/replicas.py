@@ -23,15 +23,16 @@ __all__ = ["Replicas"]
 
 @final
 class Replicas:
-    """The ranks that hold the same stages as this one, in other pipelines.
+    """The ranks that hold the same stages as this one, or shards of them, in other pipelines.
 
     Args:
         transport: To them.
+        mode: What they are: "data", "tensor".
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, mode: str) -> None:
         self.transport = transport
-        transport.kind = "data group"
+        transport.kind = f"{mode} group"
 
     def agree(self) -> None:
         """Returns when all of them have come to this place of the step.

@@ -205,6 +205,7 @@ class AutoPlan:
         Args:
             inputs: The first stage's inputs, on the first rank.
         """
+        self._transport.announce(f"schedule 'auto', {self._whole.num_microbatches} micro-batches")
         number, kind = self._decide(inputs)
         self._step = (number, kind)
         shape = self._shapes.setdefault(number, _Shape())

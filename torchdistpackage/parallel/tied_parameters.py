@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.topology import tpc
@@ -215,7 +216,8 @@ def tie_parameters(name: str, parameter: nn.Parameter | None) -> None:
     if tpc.get_pp_size() == 1:
         return
     mine = None if parameter is None else f"{tuple(parameter.shape)} {parameter.dtype}"
-    everyone = gather_json([name, mine], tpc.get_control_group("pipe"))
+    with guarded("tie_parameters"):
+        everyone = gather_json([name, mine], tpc.get_control_group("pipe"))
     if len({other for other, _ in everyone}) > 1:
         raise SplitError(f"ranks tie different parameters at the same time: {[other for other, _ in everyone]}")
     holders = [rank for rank, (_, kind) in enumerate(everyone) if kind is not None]

@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError, TransportError
-from torchdistpackage.runtime import layout as layouts
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.backward import BackwardFn
 from torchdistpackage.runtime.edge import Key
-from torchdistpackage.runtime.layout import Layout
+from torchdistpackage.runtime.hand_over import HandOver
 from torchdistpackage.runtime.message import Kind, Message
 from torchdistpackage.runtime.microbatch import Slices, merge_outputs, microbatch_sizes, slice_inputs
 from torchdistpackage.runtime.program import Instruction, compile_program
@@ -273,8 +272,8 @@ class Executor:
         """Waits for an input, and takes back the frames that its arrival proves delivered."""
         transport = self.transport
         if at.peer == transport.rank:
-            message: Message = self._local.pop((kind, source, at.microbatch))
-            return message
+            handed: HandOver = self._local.pop((kind, source, at.microbatch))
+            return handed.take(at.stage)
         message = transport.inlet(at.peer).take(kind, source, at.microbatch)
         for peer, key in at.proves:
             transport.outlet(peer).release(key)
@@ -341,8 +340,8 @@ class Executor:
         if at.send_to >= 0:
             self._send(at, at.send_to, kind, result)
         elif self.plan.placement.owner(to_stage) == self.transport.rank:
-            message = _hand_over(result, self._rows, training=not self.plan.forward_only)
-            self._local[kind, at.stage, at.microbatch] = message
+            handed = HandOver.of(result, self._rows, training=not self.plan.forward_only)
+            self._local[kind, at.stage, at.microbatch] = handed
         else:
             self._local[kind, at.stage, at.microbatch] = result
 
@@ -388,12 +387,3 @@ def _gradient_list(message: Message) -> list[Tensor | None]:
     assert layout is not None
     tree = layout.tree(message.tensors)
     return tree if isinstance(tree, list) else [tree]
-
-
-def _hand_over(result: Output | None, rows: int, *, training: bool) -> Message:
-    """A result as the message that the next stage of this rank would have received."""
-    if result is None:
-        return Message(None, [], rows)
-    keys = tuple(layouts.leaf_key(leaf, training=training) for leaf in result.leaves)
-    tensors = [leaf.detach() for leaf in result.leaves if isinstance(leaf, Tensor)]
-    return Message(Layout(result.spec, keys), tensors, rows)

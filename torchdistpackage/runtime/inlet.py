@@ -15,7 +15,7 @@ from torchdistpackage.runtime import layout as layouts
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.edge import BROKEN, MAX_DESCRIPTION, MIN_SLOT, Handle, Key
 from torchdistpackage.runtime.failure import FailureReport, RemoteFailure, raise_lost
-from torchdistpackage.runtime.layout import ALIGNMENT, Layout, Travel
+from torchdistpackage.runtime.layout import ALIGNMENT, Layout, TensorLayout, Travel
 from torchdistpackage.runtime.message import Header, Kind, Message
 
 if TYPE_CHECKING:
@@ -41,11 +41,15 @@ class Inlet:
         self._mail: dict[Key, Message] = {}
         self._layouts: dict[int, Layout] = {}
         self._texts: dict[int, str] = {}
-        self._kept: dict[tuple[int, int], dict[int, Tensor]] = {}  # (kind, stage) -> place among the tensors -> value
+        self._kept: dict[tuple[int, int], dict[int, Tensor]] = {}  # (kind, stage) -> place among the leaves -> value
 
     def begin_step(self) -> None:
         """Adopts the slot length that the earlier frames ask for, and the signature of this step."""
         self._slot = self._longest
+        self.sign()
+
+    def sign(self) -> None:
+        """From here on, frames must say what the transport's signature says."""
         self._signature = zlib.crc32(self._transport.signature.encode())
 
     def end_step(self) -> None:
@@ -136,7 +140,9 @@ class Inlet:
         """The message's tensors and those that earlier ones have brought; keeps what later ones will leave out."""
         kept, arrived = self._kept.setdefault((kind, stage), {}), iter(tensors)
         found = []
-        for place, about in enumerate(layout.tensors):
+        for place, about in enumerate(layout.leaves):  # of all leaves: the other end counts those, too
+            if not isinstance(about, TensorLayout):
+                continue
             if about.travel == Travel.KEPT and place not in kept:
                 raise TransportError(f"rank {self._sender} leaves out a value that it has not sent in this step")
             tensor = kept[place] if about.travel == Travel.KEPT else next(arrived)

@@ -47,6 +47,9 @@ class TensorLayout(NamedTuple):
 
 Leaf = Any  # a TensorLayout, or (type, value) of a constant
 
+INEXACT = (float, complex)
+"""Constants whose equality does not see everything: -0.0 equals 0.0, and NaN not even itself."""
+
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -211,7 +214,9 @@ def is_leaf_like(leaf: Any, known: Leaf, travel: int) -> bool:
     if isinstance(known, TensorLayout):
         return known.travel == travel and is_like(leaf, known)
     kind, value = known
-    return type(leaf) is kind and bool(leaf == value)
+    if type(leaf) is not kind:
+        return False
+    return repr(leaf) == repr(value) if kind in INEXACT else bool(leaf == value)
 
 
 def dense(leaf: Leaf) -> Leaf:

@@ -97,12 +97,16 @@ class Outlet:
         self._used_before, self._used = self._used, {}
         self._repeats.begin_step()
         self._slot = self._longest
-        self._signature = zlib.crc32(transport.signature.encode())
-        self._plain = transport.shard is None and self._signature in self._told
+        self.sign()
         about = (transport.training, transport.wire_dtype, transport.shard is None)
         if getattr(self, "_about", about) != about:
             self._recent = {}
         self._about = about
+
+    def sign(self) -> None:
+        """From here on, frames say what the transport's signature says."""
+        self._signature = zlib.crc32(self._transport.signature.encode())
+        self._plain = self._transport.shard is None and self._signature in self._told
 
     def send(
         self, kind: Kind, stage: int, microbatch: int, rows: int, leaves: list[Any], spec: TreeSpec | None = None
@@ -195,7 +199,8 @@ class Outlet:
             layouts.leaf_key(leaf, training=transport.training, travel=travel)
             for leaf, travel in zip(leaves, travels, strict=True)
         )
-        about = (transport.wire_dtype, transport.shard is None, keys)
+        exact = tuple(repr(leaf) for leaf in leaves if type(leaf) in layouts.INEXACT)
+        about = (transport.wire_dtype, transport.shard is None, keys, exact)
         for known in self._known.get(about, ()):
             if known.layout.spec == spec:
                 return known

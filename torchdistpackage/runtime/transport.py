@@ -167,6 +167,14 @@ class Transport(ABC):
         for inlet in self._inlets.values():
             inlet.begin_step()
 
+    def announce(self, signature: str) -> None:
+        """Says what comes before a step, in which the ranks find out what step it is to be."""
+        self.signature = signature
+        for outlet in self._outlets.values():
+            outlet.sign()
+        for inlet in self._inlets.values():
+            inlet.sign()
+
     def require_whole(self) -> None:
         """Raises if no step can run any more.
 

@@ -195,8 +195,8 @@ class ParallelContext:
     def get_control_group(self, mode: str = "pipe") -> dist.ProcessGroup:
         """A group over the ranks of `mode` that moves CPU tensors: the mode's own if it can (gloo), else one beside it.
 
-        Those for "pipe" and "data" are made at set-up. The first call for another mode makes it and is collective over
-        the world, because torch names groups by how many there are; later calls are free.
+        Those for "pipe", "data" and "tensor" are made at set-up. The first call for another mode makes it and is
+        collective over the world, because torch names groups by how many there are; later calls are free.
 
         Raises:
             TopologyError: the mode is not there.

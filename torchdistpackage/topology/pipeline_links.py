@@ -57,7 +57,7 @@ class PipelineLinks:
 
     Attributes:
         pipe: To the ranks of its pipeline; None if it is alone.
-        replicas: To the replicas of its stage; None if there are none.
+        replicas: To those that hold the same stages, by mode ("data", "tensor"), where there are any.
         edges: Two more groups of the pipeline, for CUDA messages to a higher and to a lower rank; None without NCCL.
         number: How many set-ups there have been, the same on every rank.
         watchdog: Seconds after which a rank that does not move says what it is doing.
@@ -65,7 +65,7 @@ class PipelineLinks:
     """
 
     pipe: RankLinks | None
-    replicas: RankLinks | None
+    replicas: Mapping[str, RankLinks]
     edges: tuple[dist.ProcessGroup, dist.ProcessGroup] | None
     number: int
     watchdog: float
@@ -92,16 +92,16 @@ def connect(
     """
     global _setups
     _setups += 1
-    links = {}
-    for mode in ("pipe", "data"):
+    links: dict[str, RankLinks] = {}
+    for mode in ("pipe", "data", "tensor"):
         if mode in table.modes and table.size(mode) > 1:
             group = control(mode)
             links[mode] = RankLinks(group, open_door(group, wanted=settings.same_host))
     edges = edge_groups(table, groups["pipe"], settings.timeout) if "pipe" in groups else {}
     known = [*groups.values(), *edges.values(), *(link.control for link in links.values())]
     return PipelineLinks(
-        links.get("pipe"),
-        links.get("data"),
+        links.pop("pipe", None),
+        links,
         (edges["pipe:up"], edges["pipe:down"]) if edges else None,
         _setups,
         settings.watchdog,
