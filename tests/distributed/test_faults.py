@@ -86,7 +86,7 @@ def check_nan(fault, bad, victim, last_stage, found):
 def hard_fault(rank, world, schedule, forward_only, same_host, fault, bad):
     """A fault that the bad rank does not tell of; then what the others hear if they go on all the same."""
     slow = fault in ("stopped", "stuck")
-    pipeline = FaultyPipeline(schedule, forward_only, same_host=same_host, watchdog=1.0, timeout=3.0 if slow else None)
+    pipeline = FaultyPipeline(schedule, forward_only, same_host=same_host, watchdog=1.0, timeout=6.0 if slow else None)
     pipeline.step()
     found = outcome(pipeline.step, fault if rank == bad else None)
     return found, None if slow and same_host else outcome(pipeline.step)
@@ -100,7 +100,7 @@ def check_hard_fault(schedule, forward_only, same_host, fault, bad):
         (kind, text, place, _, seconds), again = result
         assert kind == "PipelineError", (rank, result)
         assert place["global_rank"] == bad, (rank, result)
-        assert seconds < (3.0 + 5.0 if fault in ("stopped", "stuck") else 5.0), (rank, result)
+        assert seconds < (6.0 + 5.0 if fault in ("stopped", "stuck") else 5.0), (rank, result)
         if fault in ("killed", "gone"):
             assert "killed" in text, (rank, result)
         elif fault == "stuck":

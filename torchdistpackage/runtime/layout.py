@@ -223,8 +223,15 @@ def dense(leaf: Leaf) -> Leaf:
     """The layout in which a tensor travels: its own strides if it fills its memory (channels-last), else contiguous."""
     if not isinstance(leaf, TensorLayout):
         return leaf
-    like = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="meta")
-    return leaf._replace(shape=tuple(leaf.shape), stride=torch.empty_like(like).stride())
+    # By hand: torch would tell by a tensor on its meta device, the first of which imports sympy for a second or more.
+    shape, stride = tuple(leaf.shape), tuple(leaf.stride)
+    order = sorted(range(len(shape)), key=lambda dim: -stride[dim])  # outermost first
+    if any(step == 0 < size - 1 for size, step in zip(shape, stride, strict=True)):
+        order = sorted(order)  # expanded: its strides say no order
+    steps, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        steps[dim], step = step, step * max(1, shape[dim])
+    return leaf._replace(shape=shape, stride=tuple(steps))
 
 
 def aligned(size: int, to: int = ALIGNMENT) -> int:
