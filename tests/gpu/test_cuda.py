@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_harness import run_distributed
+from fault_pipeline import outcome
 from loopback_pipeline import assert_same_gradients, on_every_rank, plain_loop, stage_functions, stage_inputs
 from torch import nn
 
@@ -81,6 +82,48 @@ def test_nccl_with_two_ranks_on_one_device():
     """An experiment of NCCL's; what it shows is that the edges work, not how fast."""
     env = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "2", "NCCL_NVLS_ENABLE": "0"}
     run_distributed(steps, 2, "cpu:gloo,cuda:nccl", env=env)
+
+
+def failing_steps(rank, world, backend):
+    """A step in which rank 1 fails, and what comes of the next one."""
+    if backend.endswith("gloo"):
+        torch.cuda.set_device(0)
+    setup_distributed(backend=backend)
+    tpc.setup_process_groups([("pipe", world)])
+    stage, last = nn.Linear(8, 8).cuda(), tpc.is_last_in_pipeline_group()
+    x = torch.randn(8, 8, device="cuda") if tpc.is_first_in_pipeline_group() else None
+    calls = []
+
+    def fwd_fn(h):
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            raise ValueError("planted")
+        return stage(h).mean() if last else stage(h)
+
+    def step():
+        forward_backward(None, fwd_fn, None, x, 8)
+        torch.cuda.synchronize()
+
+    return outcome(step), outcome(step)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "cpu:gloo,cuda:gloo",
+        pytest.param(
+            "cpu:gloo,cuda:nccl",
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+        ),
+    ],
+)
+def test_an_error_is_named_by_every_rank(backend):
+    for rank, (found, again) in enumerate(run_distributed(failing_steps, 2, backend)):
+        assert found[0] == ("ValueError" if rank == 1 else "PipelineError"), found
+        assert "planted" in found[1]
+        assert found[-1] < 5
+        assert again[0] == "ok" or "start all ranks again" in again[1], again
+        assert again[-1] < 5
 
 
 @pytest.mark.parametrize("name", ["1f1b", "interleaved-1f1b", "zb-h1", "zb-v"])

@@ -1,4 +1,5 @@
 import collections
+import zlib
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils import _pytree as pytree
 from torchdistpackage.errors import TransportError
 from torchdistpackage.runtime.layout import Layout
 from torchdistpackage.runtime.loopback import loopback
-from torchdistpackage.runtime.message import Kind, flatten, read_header
+from torchdistpackage.runtime.message import SPILLED, Header, Kind, flatten, read_header, write_header
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool]
 DTYPES += [torch.complex64, torch.uint8]
@@ -136,9 +137,53 @@ def test_foreign_bytes_are_not_taken_for_a_message():
         read_header(bytes(64))
 
 
+def tensor(shape=(2, 3), stride=(3, 1), dtype="float32", grad=False, cuda=False, travel=0):
+    return {"spec": None, "wire": None, "leaves": [["tensor", shape, stride, dtype, grad, cuda, travel]]}
+
+
 @pytest.mark.parametrize(
-    "damage", [{}, {"spec": None, "wire": None, "leaves": [["tensor", [1]]]}, {"spec": "x", "wire": None, "leaves": []}]
+    "damage",
+    [
+        {},
+        {"spec": None, "wire": None, "leaves": [["tensor", [1]]]},
+        {"spec": "x", "wire": None, "leaves": []},
+        {**tensor(), "leaves": []},
+        {**tensor(), "leaves": tensor()["leaves"] * 2},
+        {**tensor(), "wire": "Tensor"},
+        tensor(shape=[-1, 3]),
+        tensor(shape=[2.0, 3]),
+        tensor(stride=[1]),
+        tensor(stride=[100, 1]),  # would look at memory behind the message
+        tensor(stride=[-3, 1]),
+        tensor(shape=[1 << 40], stride=[1]),
+        tensor(shape=[1 << 63, 1 << 63], stride=[1 << 63, 1]),
+        tensor(dtype="nn"),
+        tensor(travel=7),
+        {**tensor(), "leaves": [["module", "os"]]},
+    ],
 )
 def test_a_damaged_description_is_an_error(damage):
     with pytest.raises(TransportError, match="cannot be read"):
         Layout.from_description(damage)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("layout", 99, "whose layout it never described"),
+        ("payload_bytes", 1 << 60, f"a message of {1 << 60} bytes whose layout needs 128"),
+        ("flags", SPILLED, "a message of 64 bytes whose layout needs 128"),
+    ],
+)
+def test_a_header_that_does_not_fit_its_layout_is_refused_before_memory_is_set_aside(field, value, reason):
+    a, b = loopback(2)
+    for transport in (a, b):
+        transport.begin_step("test", training=False)
+    a.outlet(1).send(Kind.FORWARD, 0, 0, 1, [torch.ones(3)], None)
+    b.inlet(0).take(Kind.FORWARD, 0, 0)
+    good = Header(Kind.FORWARD, 0, zlib.crc32(b"test"), 0, 1, 1, 0, 0, 64 if field == "flags" else 128)
+    frame = torch.zeros(128, dtype=torch.uint8)
+    write_header(frame.numpy(), good._replace(**{field: value}))
+    a.sender(1)(frame)
+    with pytest.raises(TransportError, match=reason):
+        b.inlet(0).take(Kind.FORWARD, 0, 1)

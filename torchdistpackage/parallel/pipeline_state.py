@@ -127,6 +127,7 @@ def _connected(links: PipelineLinks) -> PipelineState:
             world_size=dist.get_world_size(),
             interrupt=links.interrupt,
             board_host=store_host(),
+            device_waits=links.on_device,
         )
     transport: Transport = loopback(1, device=device, watchdog=watchdog)[0]
     if links.pipe is not None:

@@ -42,7 +42,7 @@ from torch.distributed.constants import default_pg_timeout
 from torchdistpackage.errors import PipelineError, TransportError
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.board import StoreBoard
-from torchdistpackage.runtime.edge import Mover
+from torchdistpackage.runtime.edge import Handle, Mover
 from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, Stalled
 from torchdistpackage.runtime.layout import ALIGNMENT
 from torchdistpackage.runtime.link import ReceivingLink, SendingLink
@@ -111,6 +111,7 @@ class DistributedTransport(Transport):
         self._receiving: dict[int, ReceivingLink] = {}
         self._ended: list[ReceivingLink] = []
         self._arrivals: torch.cuda.Stream | None = None
+        self._edges_used = False
         if edges is not None:
             self._connect()
         atexit.register(_let_sends_finish, weakref.ref(self))
@@ -134,7 +135,14 @@ class DistributedTransport(Transport):
         if not bulk or self._edges is None:
             return host
         edge = self._edge(self.rank, receiver)
-        return lambda buffer: edge.send([buffer], receiver, 0) if buffer.is_cuda else host(buffer)
+
+        def send(buffer: Tensor) -> Handle:
+            if not buffer.is_cuda:
+                return host(buffer)
+            self._edges_used = True
+            return edge.send([buffer], receiver, 0)
+
+        return send
 
     def receiver(self, sender: int, *, bulk: bool = False) -> Mover:
         """Starts receives from a rank; CUDA buffers come over NCCL."""
@@ -142,7 +150,14 @@ class DistributedTransport(Transport):
         if not bulk or self._edges is None:
             return host
         edge = self._edge(sender, self.rank)
-        return lambda buffer: edge.recv([buffer], sender, 0) if buffer.is_cuda else host(buffer)
+
+        def receive(buffer: Tensor) -> Handle:
+            if not buffer.is_cuda:
+                return host(buffer)
+            self._edges_used = True
+            return edge.recv([buffer], sender, 0)
+
+        return receive
 
     def allocate(self, receiver: int, length: int) -> Tensor:
         """Shared memory, for a rank of this machine."""
@@ -155,9 +170,27 @@ class DistributedTransport(Transport):
         if link is not None:
             link.recycle(buffer)
 
+    def finish_step(self, token_from: int | None, token_to: int | None) -> None:
+        """Ends the step on all ranks together."""
+        super().finish_step(token_from, token_to)
+        self._edges_used = False
+
+    def is_whole(self) -> bool:
+        """Not once something was put on a NCCL communicator in this step: its other end may never come."""
+        return not self._edges_used
+
     def abort(self, report: FailureReport) -> None:
-        """Tells every neighbour and starts a new epoch, with new links."""
+        """Tells every neighbour and forgets all links; the next epoch makes new ones.
+
+        What waits on the device for a message that will not come would keep the device waiting for ever.
+        """
         super().abort(report)
+        if self._edges_used:
+            for edge in self._edges or ():
+                stop = getattr(edge._get_backend(self.device), "abort", None)
+                if stop is not None:
+                    stop()
+            self._edges_used = False
         for sending in self._sending.values():
             sending.close()  # what was sent, the report last, can still be read
         for receiving in self._ended:

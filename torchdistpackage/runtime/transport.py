@@ -231,7 +231,7 @@ class Transport(ABC):
             raise error
         report = self._cause(error, action)
         own = report is None
-        whole = whole and not self.watch.interrupted and not isinstance(error, NotWhole)
+        whole = whole and self.is_whole() and not self.watch.interrupted and not isinstance(error, NotWhole)
         if report is None:
             report = FailureReport.of(error, rank=self.rank, global_rank=self.global_rank, action=action)
             report = replace(report, whole=whole)
@@ -276,6 +276,10 @@ class Transport(ABC):
         except BaseException as error:
             self.fail(error, action)
         self.watch.end()
+
+    def is_whole(self) -> bool:
+        """Whether connections can be used again if the step fails now."""
+        return True
 
     def lost(self, peer: int, action: str) -> FailureReport:
         """The report of a rank that has gone without one."""

@@ -77,6 +77,7 @@ class Watchdog:
         world_size: How many ranks look at the same board.
         interrupt: Ends the waits of process groups, for good.
         board_host: The global rank in whose process the board is; None if it is in none of them.
+        device_waits: Whether collectives run on a device (NCCL), which waits for them after the step has left its host.
 
     Attributes:
         watch: What this rank does.
@@ -95,9 +96,10 @@ class Watchdog:
         world_size: int,
         interrupt: Callable[[], None],
         board_host: int | None = None,
+        device_waits: bool = False,
     ) -> None:
         self.watch, self._board, self._ranks, self._rank = watch, board, ranks, rank
-        self.board_host, self.answers = board_host, True
+        self.board_host, self.answers, self._device_waits = board_host, True, device_waits
         self._patience, self._pause, self._interrupt = patience, max(_TICK, world_size / _ASKS), interrupt
         self._requests: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -177,8 +179,9 @@ class Watchdog:
             self._find_quietly()
             self._known_since = now
         if not inside:
-            return
-        if known:
+            if known and self._device_waits and now - self._known_since > _GRACE:
+                self._close_groups()
+        elif known:
             self._end_wait(now)
         elif waited >= self._patience * 2**self._spoken:
             self._speak(waited)
@@ -199,7 +202,7 @@ class Watchdog:
 
     def _end_wait(self, now: float) -> None:
         """Closes the groups if a step that has failed does not end by itself."""
-        if self.watch.interrupted or now - self._known_since < _GRACE:
+        if now - self._known_since < _GRACE:
             return
         frame = self._frame()
         if frame is None or not frame.f_code.co_filename.startswith(_LIBRARIES):
@@ -213,9 +216,13 @@ class Watchdog:
         computing = self._processor[1] - before[1] > _IDLE * (now - before[0])
         if computing and not torch.cuda.is_available():  # a host that waits for its device looks as if it computed
             return
-        self.watch.interrupted = True
-        _log.warning("%s: the step has failed, and this wait is ended by closing its process groups", self._here())
-        self._interrupt()
+        self._close_groups()
+
+    def _close_groups(self) -> None:
+        if not self.watch.interrupted:
+            self.watch.interrupted = True
+            _log.warning("%s: the step has failed, and its waits are ended by closing process groups", self._here())
+            self._interrupt()
 
     def _speak(self, waited: float) -> None:
         self._spoken += 1

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from torchdistpackage.errors import TopologyError
@@ -70,6 +71,11 @@ class PipelineLinks:
     number: int
     watchdog: float
     groups: tuple[dist.ProcessGroup, ...]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether any group runs its collectives on a device, beside the host."""
+        return any("cuda:nccl" in dist.get_backend_config(group) for group in self.groups) and torch.cuda.is_available()
 
     def interrupt(self) -> None:
         """Ends what waits in any group of this set-up, from any thread; they cannot be used again."""
