@@ -46,6 +46,11 @@ def _sleep(x):
     time.sleep(1000)
 
 
+def _late(x):
+    time.sleep(9)
+    return x
+
+
 def _hooked(x):
     handle = torch.nn.modules.module.register_module_forward_pre_hook(_raise)
     try:
@@ -65,6 +70,7 @@ OUTPUT_FAULTS = {  # what becomes of a stage's output
     "killed": _kill,
     "stopped": _stop,
     "stuck": _sleep,
+    "late": _late,
     "exit": lambda x: sys.exit(3),
     "gone": lambda x: os._exit(0),
 }

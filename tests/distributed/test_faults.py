@@ -130,3 +130,19 @@ def test_a_rank_that_says_nothing_is_named_by_the_others(fault, bad):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_same_under_every_kind_of_schedule(schedule, forward_only, fault, bad, same_host):
     check_hard_fault(schedule, forward_only, same_host, fault, bad)
+
+
+def comes_back(rank, world, bad):
+    pipeline = FaultyPipeline("1f1b", watchdog=1.0, timeout=6.0)
+    expected = pipeline.step()
+    found = outcome(pipeline.step, "late" if rank == bad else None)
+    return found, torch.equal(pipeline.step(), expected)
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_rank_that_comes_back_too_late_is_told_and_the_next_step_is_right(bad):
+    for kind, text, place, *_, same in [(*found, same) for found, same in run_distributed(comes_back, 3, bad)]:
+        assert kind == "PipelineError"
+        assert "in _late (" in text
+        assert place["global_rank"] == bad
+        assert same

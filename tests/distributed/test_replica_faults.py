@@ -25,7 +25,7 @@ class FailsAt(nn.Module):
         return OUTPUT_FAULTS[self.fault](x) if self.calls == self.call and self.fault else x
 
 
-def replicated(rank, world, pipe, fault, call, bad, schedule, options):
+def replicated(rank, world, pipe, fault, call, bad, schedule):
     start(pipe)
     layers = make_layers()
     trap = FailsAt(fault if rank == bad else None, call)
@@ -35,9 +35,8 @@ def replicated(rank, world, pipe, fault, call, bad, schedule, options):
 
     def step():
         inputs = own_inputs(x, y)
-        forward_backward(None, loss_step(model), None, inputs, 4, schedule=schedule, **options)
-        if not options:
-            clip_grad_norm_(model.parameters(), 1.0)
+        forward_backward(None, loss_step(model), None, inputs, 4, schedule=schedule)
+        clip_grad_norm_(model.parameters(), 1.0)
 
     found = outcome(step)
     again = None
@@ -45,8 +44,13 @@ def replicated(rank, world, pipe, fault, call, bad, schedule, options):
         layers.zero_grad()
         trap.call = 0
         again = outcome(step)
-    elif not options:
+    else:
         again = outcome(step)
+    if fault == "backward":  # all processes still run
+        start(pipe)
+        model, trap.call = DDP(nn.Sequential(layers, trap)), 0
+        layers.zero_grad()
+        step()
     return found, again, [p.grad for p in layers.parameters()]
 
 
@@ -58,25 +62,30 @@ def check(everyone, bad, kind):
             assert found[2]["global_rank"] == bad, (rank, found)
 
 
+def assert_replicas_agree(everyone):
+    gradients = [g for _, _, g in everyone]
+    for rank in range(2):
+        assert all(map(torch.equal, gradients[rank], gradients[rank + 2]))
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 @pytest.mark.parametrize("bad", range(4))
 def test_an_error_before_the_reduction_leaves_everything_whole(schedule, bad):
-    everyone = run_distributed(replicated, 4, 2, "forward", 2, bad, schedule, {})
+    everyone = run_distributed(replicated, 4, 2, "forward", 2, bad, schedule)
     check(everyone, bad, "Planted")
     assert all(again[0] == "ok" for _, again, _ in everyone), everyone
-    gradients = [g for _, _, g in everyone]
-    for rank in range(2):  # replicas of one stage
-        assert all(map(torch.equal, gradients[rank], gradients[rank + 2]))
+    assert_replicas_agree(everyone)
 
 
 @pytest.mark.parametrize("bad", [0, 3])
 def test_an_error_in_the_last_backward_ends_the_reduction_of_the_others(bad):
-    everyone = run_distributed(replicated, 4, 2, "backward", 4, bad, "1f1b", {})
+    everyone = run_distributed(replicated, 4, 2, "backward", 4, bad, "1f1b")
     check(everyone, bad, "Planted")
     # Who was in the reduction has closed its groups; whoever goes on is told so.
     assert all(again[0] in ("NotWhole", "PipelineError") for _, again, _ in everyone), [e[1] for e in everyone]
     assert all("start all ranks again" in again[1] for _, again, _ in everyone), everyone
     assert all(again[-1] < 5 for _, again, _ in everyone)
+    assert_replicas_agree(everyone)
 
 
 @pytest.mark.parametrize("bad", [1, 2])
@@ -107,7 +116,7 @@ def evaluated(rank, world, bad):
 @pytest.mark.parametrize("call", [2, 4])
 def test_a_killed_rank_is_named_by_replicas(pipe, call):
     bad = 1
-    everyone = run_distributed(replicated, 2 * pipe, pipe, "killed", call, bad, "1f1b", {}, may_die=[bad])
+    everyone = run_distributed(replicated, 2 * pipe, pipe, "killed", call, bad, "1f1b", may_die=[bad])
     for rank, result in enumerate(everyone):
         if rank != bad:
             found, again, _ = result

@@ -29,6 +29,7 @@ from torchdistpackage.schedule import Action
 __all__ = ["ConnectionLost", "FailureReport", "NotWhole", "RemoteFailure", "Stalled", "is_torn", "raise_lost"]
 
 _TORN = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused", "Socket")
+_ERROR = 1000  # characters
 _REPORT_BYTES = 3584  # fits into the smallest frame; the tail of a traceback is what matters
 
 
@@ -58,7 +59,11 @@ class FailureReport:
     def of(cls, error: BaseException, *, rank: int, global_rank: int, action: str) -> FailureReport:
         """The report of an exception that has just been caught."""
         trace = "".join(traceback.format_exception(error))
-        return cls(rank, global_rank, action, _short(repr(error), 1000), trace)
+        try:
+            text = repr(error)
+        except Exception:  # a class of the user's whose repr fails must not keep the report back
+            text = type(error).__name__
+        return cls(rank, global_rank, action, text if len(text) <= _ERROR else f"{text[:_ERROR]}...", trace)
 
     def to_bytes(self) -> bytes:
         """JSON that fits into one small frame: cut from the front of the traceback, then from the end of the error."""
@@ -157,7 +162,3 @@ def is_torn(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and "gloo" in text and any(mark in text for mark in _TORN)
-
-
-def _short(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}..."

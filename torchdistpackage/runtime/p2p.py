@@ -135,14 +135,7 @@ class DistributedTransport(Transport):
         if not bulk or self._edges is None:
             return host
         edge = self._edge(self.rank, receiver)
-
-        def send(buffer: Tensor) -> Handle:
-            if not buffer.is_cuda:
-                return host(buffer)
-            self._edges_used = True
-            return edge.send([buffer], receiver, 0)
-
-        return send
+        return self._by_place(host, lambda buffer: edge.send([buffer], receiver, 0))
 
     def receiver(self, sender: int, *, bulk: bool = False) -> Mover:
         """Starts receives from a rank; CUDA buffers come over NCCL."""
@@ -150,14 +143,7 @@ class DistributedTransport(Transport):
         if not bulk or self._edges is None:
             return host
         edge = self._edge(sender, self.rank)
-
-        def receive(buffer: Tensor) -> Handle:
-            if not buffer.is_cuda:
-                return host(buffer)
-            self._edges_used = True
-            return edge.recv([buffer], sender, 0)
-
-        return receive
+        return self._by_place(host, lambda buffer: edge.recv([buffer], sender, 0))
 
     def allocate(self, receiver: int, length: int) -> Tensor:
         """Shared memory, for a rank of this machine."""
@@ -303,6 +289,17 @@ class DistributedTransport(Transport):
     def _edge(self, sender: int, receiver: int) -> dist.ProcessGroup:
         assert self._edges is not None
         return self._edges[0 if sender < receiver else 1]
+
+    def _by_place(self, host: Mover, device: Mover) -> Mover:
+        """One way for CUDA memory, another for the host's."""
+
+        def move(buffer: Tensor) -> Handle:
+            if not buffer.is_cuda:
+                return host(buffer)
+            self._edges_used = True
+            return device(buffer)
+
+        return move
 
     def _connect(self) -> None:
         """Connects the edges to both neighbours, all ranks in one order of edges, so that none waits in a circle."""

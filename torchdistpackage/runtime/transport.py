@@ -183,9 +183,10 @@ class Transport(ABC):
         """
         if self._broken is not None:
             raise NotWhole(
-                "an earlier failure has broken the connections of this pipeline, so that no further step can run: end "
-                "this process and start all ranks again (torchrun --max-restarts does that), from a checkpoint. The "
-                f"failure was: {self._broken}"
+                "an earlier failure has broken connections, so that no further step can run with them: start all ranks "
+                "again from a checkpoint (torchrun --max-restarts does), or, if all processes still run, call "
+                "tpc.setup_process_groups and wrap modules in DDP again on every rank. The failure was: "
+                f"{self._broken}"
             )
 
     @property

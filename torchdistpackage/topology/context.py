@@ -87,7 +87,7 @@ class ParallelContext:
         Args:
             config: `(name, size)` a dim, outermost first; names are "data", "pipe" and "tensor". The order is free:
                 the last dim gets neighbouring ranks.
-            timeout: of the operations in the new groups, also as seconds; None for torch's default of the backend.
+            timeout: of the operations in the new groups, also as seconds; None for the world's.
             custom_dims: names besides the standard ones that `config` may use.
             same_host: pipeline messages between ranks of one machine go past the network; False sends all over gloo.
             watchdog: seconds after which a rank that does not move inside of a step says, on every rank's log, what it

@@ -25,7 +25,7 @@ class LinkSettings:
     """What a set-up asks for.
 
     Attributes:
-        timeout: Of groups that are made; None for torch's default.
+        timeout: Of groups that are made; None for the world's.
         same_host: Whether ranks of one machine reach each other past the network.
         watchdog: Seconds after which a rank that does not move says what it is doing.
     """

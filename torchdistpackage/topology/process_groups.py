@@ -23,6 +23,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_nccl_timeout, default_pg_timeout
 
 from torchdistpackage.errors import TopologyError
 from torchdistpackage.topology.connections import note_sockets
@@ -53,7 +54,7 @@ def create_groups(
 
     Args:
         memberships: for each result's key, the table and its mode.
-        timeout: of the groups' operations, also as seconds; None for torch's default.
+        timeout: of the groups' operations, also as seconds; None for the world's.
         backend: None for the world's.
 
     Returns:
@@ -70,7 +71,7 @@ def create_groups(
             with note_sockets() as made:
                 group = dist.new_group(
                     list(ranks),
-                    timeout=as_timedelta(timeout),
+                    timeout=as_timedelta(timeout) or _world_timeout(),
                     backend=backend,
                     use_local_synchronization=local,
                     group_desc=f"torchdistpackage:{key}",
@@ -161,6 +162,19 @@ def as_timedelta(timeout: timedelta | float | None) -> timedelta | None:
     if result <= timedelta(0):
         raise TopologyError(f"a time-out must be positive, got {timeout!r}")
     return result
+
+
+def _world_timeout() -> timedelta | None:
+    """What the world was set up with; None if that is torch's default, which differs between backends."""
+    world = initialised_world()
+    for device in ("cpu", "cuda"):
+        if f"{device}:" not in dist.get_backend_config(world):
+            continue
+        options = getattr(world._get_backend(torch.device(device)), "options", None)
+        found: timedelta | None = getattr(options, "_timeout", None)
+        if found is not None and found not in (default_pg_timeout, default_pg_nccl_timeout):
+            return found
+    return None
 
 
 def _describe(key: str, table: RankTable, mode: str) -> str:
