@@ -6,27 +6,29 @@
     torchrun --nproc-per-node 8 examples/train_deit.py --pp 4 --dp 2 --model deit_base_patch16_224 --img-size 224 \\
         --patch-size 16 --depth 12 --data-path /data/imagenet --batch-size 256 --microbatches 16 --output run
     python examples/train_deit.py --pp 2 --output run --resume   # goes on; any --pp will do
+    torchrun --standalone --nproc-per-node 2 --max-restarts 20 examples/train_deit.py --pp 2 --output run --resume \\
+        --checkpoint-every 100                                   # goes on by itself when a process dies
 
 The default data are the handwritten digits that come with scikit-learn (1,797 real images, enlarged to 32x32): nothing
 is downloaded. `--data-path DIR` takes an ImageFolder, DIR/train and DIR/val. Drop path is 0 by default, so that the
 numbers do not depend on how random numbers are spread over ranks.
+
+A process may be killed at any moment: the run goes on from the newest whole checkpoint, and ends with the bits of a run
+that nobody disturbed (on GPUs as far as their kernels give the same bits twice).
 """
 
 import argparse
 import copy
-import json
 import math
 import os
 import sys
 import time
-from contextlib import nullcontext
-from pathlib import Path
 
+import checkpoint_files
 import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-import torchvision
 from digits import NUM_CLASSES, Digits
 from rich.console import Console
 from rich.table import Table
@@ -34,21 +36,13 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from torchdistpackage import (
-    DDP,
-    clip_grad_norm_,
-    flatten_model,
-    forward_backward,
-    load_whole_model_state_dict,
-    partition_balanced,
-    setup_distributed,
-    tpc,
-    whole_model_names,
-    whole_model_state_dict,
-)
+from torchdistpackage import DDP, PipelineGradScaler, clip_grad_norm_, forward_backward, setup_distributed, tpc
+from torchdistpackage.parallel import flatten_model, partition_balanced
+from torchdistpackage.split import load_whole_model_state_dict, whole_model_names, whole_model_state_dict
 
 
 def get_args():
@@ -77,13 +71,15 @@ def get_args():
     train.add_argument("--warmup-epochs", type=float, default=2.5)
     train.add_argument("--weight-decay", type=float, default=0.05)
     train.add_argument("--clip-grad", type=float, default=1.0)
-    train.add_argument("--amp", choices=["no", "bf16"], default="no")
+    train.add_argument("--amp", choices=["no", "bf16", "fp16"], default="no")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--steps-limit", type=int, help="stop each epoch after this many steps")
     run = p.add_argument_group("run")
     run.add_argument("--threads", type=int, default=1, help="CPU threads a process; the same number, the same bits")
-    run.add_argument("--output", help="write a checkpoint here after every epoch")
-    run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output, if there is one")
+    run.add_argument("--output", help="write checkpoints to this folder, one after every epoch")
+    run.add_argument("--checkpoint-every", type=int, default=0, help="and one after so many steps; 0: only the former")
+    run.add_argument("--keep", type=int, default=2, help="the newest so many checkpoints stay")
+    run.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if there is one")
     run.add_argument("--stop-after", type=int, help="stop after this many epochs, as if the time were up")
     run.add_argument("--log-losses", help="write the loss of every step, in full precision, to this file")
     return p.parse_args()
@@ -133,7 +129,7 @@ def build_stage(args, num_classes):
     model = timm.create_model(args.model, num_classes=num_classes, drop_path_rate=args.drop_path, **options)
     if getattr(type(model), "forward_features", None) is not VisionTransformer.forward_features:
         raise SystemExit(
-            f"--model {args.model}: this example cuts timm's VisionTransformer, not {type(model).__name__}"
+            f"--model {args.model}: what is cut here is timm's VisionTransformer, not {type(model).__name__}"
         )
     layers = flatten_model(model, [Embedding(model), "blocks", Head(model)], return_list=True)
     return nn.Sequential(*partition_balanced(layers))
@@ -147,34 +143,26 @@ def build_datasets(args):
         train = Digits(train=True, size=args.img_size, augment=True, seed=args.seed)
         return train, Digits(train=False, size=args.img_size), NUM_CLASSES
     shape = (3, args.img_size, args.img_size)
-    folders = [
-        torchvision.datasets.ImageFolder(
-            str(Path(args.data_path) / part), create_transform(shape, is_training=part == "train")
-        )
-        for part in ("train", "val")
-    ]
-    return *folders, len(folders[0].classes)
+    train = ImageFolder(os.path.join(args.data_path, "train"), create_transform(shape, is_training=True))
+    test = ImageFolder(os.path.join(args.data_path, "val"), create_transform(shape))
+    return checkpoint_files.RepeatableDataset(train, args.seed), test, len(train.classes)
 
 
 def build_loaders(args, train, test):
     replica, replicas = tpc.get_dp_rank(), tpc.get_dp_size()
-    sampler = DistributedSampler(train, replicas, replica, seed=args.seed, drop_last=True)
-    loader = DataLoader(train, args.batch_size, sampler=sampler, num_workers=args.workers, drop_last=True)
+    sampler = checkpoint_files.ResumableSampler(train, replicas, replica, seed=args.seed, drop_last=True)
     mine = Subset(test, range(replica, len(test), replicas))  # every test row once, over all replicas
-    return loader, DataLoader(mine, args.batch_size, num_workers=args.workers)
+    # A generator of its own: a loader draws a number whenever it begins, and a resumed run begins more often.
+    options = {"num_workers": args.workers, "generator": torch.Generator()}
+    loader = DataLoader(train, args.batch_size, sampler=sampler, drop_last=True, **options)
+    return loader, DataLoader(mine, args.batch_size, **options)
 
 
-def build_mixup(args, num_classes):
-    if args.mixup <= 0 and args.cutmix <= 0:
-        return None
-    return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
-
-
-def rows(loader):
+def rows(loader, skip=0):
     """The loader's batches; on a stage between the first and the last, which needs none, as many empty ones."""
     if tpc.is_first_in_pipeline_group() or tpc.is_last_in_pipeline_group():
         return loader
-    return ((None, None) for _ in range(len(loader)))
+    return ((None, None) for _ in range(skip, len(loader)))
 
 
 def own_inputs(samples, targets):
@@ -194,119 +182,139 @@ def learning_rate(args, step, steps_per_epoch):
     return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
 
 
-def train_one_epoch(args, run, epoch):
-    model, optimizer, device = run["model"], run["optimizer"], run["device"]
-    mixup, last = run["mixup"], tpc.is_last_in_pipeline_group()
-    criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(args.smoothing)
-    steps = min(len(run["train"]), args.steps_limit or len(run["train"]))
-    run["train"].sampler.set_epoch(epoch)
-    if hasattr(run["train"].dataset, "set_epoch"):
-        run["train"].dataset.set_epoch(epoch)
-    torch.manual_seed(args.seed + 1000 * epoch + tpc.get_pp_rank())  # a resumed run draws what an undisturbed one does
-    model.train()
+def autocast(args):
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype, enabled=dtype is not None)
+
+
+def train_one_epoch(args, run, epoch, start):
+    """The steps of an epoch from `start` on, with checkpoints on the way."""
+    loader, optimizer = run["train"], run["optimizer"]
+    steps = min(len(loader), args.steps_limit or len(loader))
+    loader.sampler.set_epoch(epoch, skip=start * args.batch_size)
+    loader.dataset.set_epoch(epoch)
+    run["model"].train()
+    options = {"total": steps, "initial": start, "unit": "step", "mininterval": 0.5, "disable": not run["owns_loss"]}
+    bar = tqdm(rows(loader, start), f"epoch {epoch}", **options)
+    for step, (samples, targets) in enumerate(bar, start):
+        if step >= steps:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, epoch * len(loader) + step, len(loader))
+        loss = train_step(args, run, samples, targets, (args.seed, epoch, step))
+        run["done"] += 1
+        if tpc.is_last_in_pipeline_group():
+            if not math.isfinite(loss):
+                raise SystemExit(f"the loss is {loss} at step {step} of epoch {epoch}")
+            run["losses"].append((epoch, step, loss))
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
+        if args.checkpoint_every and run["done"] % args.checkpoint_every == 0 and step + 1 < steps:
+            save_checkpoint(args, run, epoch, step + 1)
+    bar.close()
+
+
+def train_step(args, run, samples, targets, seed):
+    """One batch; returns the loss over all replicas, on the ranks of the last stage."""
+    optimizer, scaler, last = run["optimizer"], run["scaler"], tpc.is_last_in_pipeline_group()
+    if samples is not None:
+        samples, targets = samples.to(run["device"]), targets.to(run["device"])
+        if run["mixup"]:
+            np.random.seed(seed)  # by the step's number: first and last stage mix the same rows by the same amounts
+            samples, targets = run["mixup"](samples, targets)
 
     def fwd_fn(x):
-        with torch.autocast(device.type, torch.bfloat16) if args.amp == "bf16" else nullcontext():
-            out = model(x[0] if last else x)
-        return criterion(out.float(), x[1]) if last else out
+        with autocast(args):
+            out = run["model"](x[0] if last else x)
+        return run["criterion"](out.float(), x[1]) if last else out
 
-    losses = []
-    bar = tqdm(
-        rows(run["train"]), f"epoch {epoch}", total=steps, unit="step", mininterval=0.5, disable=not run["owns_loss"]
-    )
-    for step, (samples, targets) in enumerate(bar):
-        if step == steps:
-            break
-        if samples is not None:
-            samples, targets = samples.to(device), targets.to(device)
-            if mixup:
-                # Drawn from the step's number: first and last stage mix the same rows by the same amounts.
-                np.random.seed((args.seed, epoch, step))
-                samples, targets = mixup(samples, targets)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch * len(run["train"]) + step, len(run["train"]))
-        loss = forward_backward(
-            optimizer,
-            fwd_fn,
-            None,
-            own_inputs(samples, targets),
-            num_microbatches=args.microbatches,
-            schedule=args.schedule,
-        )
-        clip_grad_norm_(model.parameters(), args.clip_grad)
-        optimizer.step()
-        if last:
-            if tpc.get_dp_size() > 1:
-                dist.all_reduce(loss, group=tpc.get_group("data"))
-                loss /= tpc.get_dp_size()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise SystemExit(f"the loss is {losses[-1]} at step {step} of epoch {epoch}")
-            rate = optimizer.param_groups[0]["lr"]
-            bar.set_postfix(loss=f"{losses[-1]:.4f}", lr=f"{rate:.1e}", refresh=False)
-    bar.close()
-    return losses
+    inputs, m, used = own_inputs(samples, targets), args.microbatches, scaler if scaler.is_enabled() else None
+    loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=m, schedule=args.schedule, scaler=used)
+    scaler.unscale_(optimizer)  # a scaler that is not enabled does nothing here, and the plain step below
+    clip_grad_norm_(run["model"].parameters(), args.clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    if not last:
+        return None
+    if tpc.get_dp_size() > 1:
+        dist.all_reduce(loss, group=tpc.get_group("data"))
+        loss /= tpc.get_dp_size()
+    return loss.item()
 
 
 def evaluate(args, run):
     """Loss, top-1 and top-5 over the whole test set; on the ranks of the last stage."""
     stage, device, last = run["stage"], run["device"], tpc.is_last_in_pipeline_group()
     stage.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # rows, loss, top-1, top-5
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1, top-5
     for samples, targets in rows(run["test"]):
         samples = samples.to(device) if samples is not None else None
-        with torch.autocast(device.type, torch.bfloat16) if args.amp == "bf16" else nullcontext():
-            logits = forward_backward(
-                None, stage, None, own_inputs(samples, None), num_microbatches=args.microbatches, forward_only=True
-            )
+        with autocast(args):
+            options = {"num_microbatches": args.microbatches, "forward_only": True}
+            logits = forward_backward(None, stage, None, own_inputs(samples, None), **options)
         if last:
             targets = targets.to(device)
             hits = logits.topk(5, dim=1).indices == targets[:, None]
             loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-            sums += torch.stack(
-                [hits.new_tensor(len(targets), dtype=torch.float64), loss, hits[:, 0].sum(), hits.sum()]
-            )
+            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
     if last and tpc.get_dp_size() > 1:
         dist.all_reduce(sums, group=tpc.get_group("data"))
-    count, *totals = sums.tolist()
-    return [total / count for total in totals] if last else None
+    return (sums / len(run["test"].dataset.dataset)).tolist() if last else None  # the rows of all replicas
 
 
-# --- checkpoints: one file a stage, under the names of the whole model, so that any number of stages can go on --------
+# --- checkpoints: a part from each rank, under the names of the whole model, so that any number of stages can go on ---
 
 
-def save_checkpoint(args, run, epoch):
-    folder = Path(args.output) / f"epoch-{epoch:04d}"
-    if tpc.is_first_in_data_group():
-        names, optimizer = list(whole_model_names(run["stage"]).values()), run["optimizer"].state_dict()
-        state = {"model": whole_model_state_dict(run["stage"]), "epoch": epoch}
-        state["optimizer"] = {names[index]: entry for index, entry in optimizer["state"].items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"stage-{tpc.get_pp_rank()}.pt"
-        torch.save(state, part.with_suffix(".tmp"))
-        os.replace(part.with_suffix(".tmp"), part)
+def save_checkpoint(args, run, epoch, step):
+    """Writes all that a run needs to go on with this step of this epoch; it counts once every rank has its part."""
+    if not args.output or run["done"] == run["saved"]:
+        return  # after no step there is nothing new, and a good checkpoint is never written over
+    state = {"epoch": epoch, "rows": step * args.batch_size * args.dp, "layout": [args.pp, args.dp]}
+    state |= {"random": checkpoint_files.random_states(), "scaler": run["scaler"].state_dict()}
+    if tpc.is_first_in_data_group():  # replicas are equal
+        entries = run["optimizer"].state_dict()["state"]
+        state["model"] = whole_model_state_dict(run["stage"])
+        state["optimizer"] = {run["names"][index]: entry for index, entry in entries.items()}
+    if run["owns_loss"]:
+        state["log"] = {"losses": torch.tensor(run["losses"], dtype=torch.float64), "table": run["table"]}
+    folder = checkpoint_files.step_folder(args.output, run["done"])
+    checkpoint_files.write_part(folder, run["parts"][dist.get_rank()], lambda file: torch.save(state, file))
     dist.barrier()
-    if dist.get_rank() == 0:  # all parts are there: only now the checkpoint counts
-        pointer = Path(args.output) / "latest.tmp"
-        pointer.write_text(json.dumps({"folder": folder.name, "stages": tpc.get_pp_size()}))
-        os.replace(pointer, Path(args.output) / "latest.json")
+    if dist.get_rank() == 0:
+        checkpoint_files.finish(folder, run["parts"], args.keep)
+    run["saved"] = run["done"]
 
 
 def load_checkpoint(args, run):
-    """Restores this rank's stage from a checkpoint of any number of stages; returns the epoch to go on with."""
-    pointer = Path(args.output or "") / "latest.json"
-    if not (args.resume and args.output and pointer.exists()):
-        return 0
-    latest = json.loads(pointer.read_text())
-    files = [pointer.parent / latest["folder"] / f"stage-{number}.pt" for number in range(latest["stages"])]
-    parts = [torch.load(file, map_location=run["device"], weights_only=True) for file in files]
-    load_whole_model_state_dict(run["stage"], {name: value for part in parts for name, value in part["model"].items()})
-    known = {name: entry for part in parts for name, entry in part["optimizer"].items()}
-    names = list(whole_model_names(run["stage"]).values())
-    state = run["optimizer"].state_dict()
-    state["state"] = {index: known[name] for index, name in enumerate(names) if name in known}
+    """Restores the newest whole checkpoint, of any number of stages; returns the epoch and the step to go on with."""
+    rank, folder = dist.get_rank(), checkpoint_files.newest_for_all_ranks(args.output, run["device"])
+    if folder is None:
+        checkpoint_files.seed_all(args.seed, 0, 0, rank)
+        return 0, 0
+    if not args.resume:
+        raise SystemExit(f"{folder} is there from an earlier run: add --resume, or choose another --output")
+    parts = checkpoint_files.load_parts(folder)
+    whole = {"model": {}, "optimizer": {}, "log": {}}
+    for kind, entries in whole.items():
+        for part in parts.values():
+            entries.update(part.get(kind, {}))
+    load_whole_model_state_dict(run["stage"], whole["model"])
+    state, known = run["optimizer"].state_dict(), whole["optimizer"]
+    state["state"] = {index: known[name] for index, name in enumerate(run["names"]) if name in known}
     run["optimizer"].load_state_dict(state)
-    return parts[0]["epoch"] + 1
+    run["losses"] = [(int(epoch), int(step), loss) for epoch, step, loss in whole["log"]["losses"].tolist()]
+    run["table"], run["done"] = whole["log"]["table"], checkpoint_files.step_of(folder)
+    run["saved"] = run["done"]
+    mine = parts.get(run["parts"][rank]) or next(iter(parts.values()))
+    if mine["scaler"]:
+        run["scaler"].load_state_dict(mine["scaler"])
+    epoch, step = mine["epoch"], mine["rows"] // (args.batch_size * args.dp)
+    if mine["layout"] == [args.pp, args.dp]:
+        checkpoint_files.set_random_states(mine["random"])
+    else:  # there are as many states as there were ranks: these ranks begin new ones
+        checkpoint_files.seed_all(args.seed, epoch, step, rank)
+    if rank == 0:
+        print(f"resumed from {folder.name} (epoch {epoch}, step {step})", flush=True)
+    return epoch, step
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
@@ -321,48 +329,69 @@ def start_processes(args):
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
+def build_run(args):
+    """Everything that a run consists of; what changes from step to step is also in its checkpoints."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    train, test, num_classes = build_datasets(args)
+    mixes = args.mixup > 0 or args.cutmix > 0
+    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes) if mixes else None
+    stage = build_stage(args, num_classes).to(device)
+    # Left alone, DDP changes the order in which three or more replicas are summed after its first step in a process.
+    model, names = DDP(stage, find_unused_parameters=args.dp > 2), whole_model_names(stage)
+    train_loader, test_loader = build_loaders(args, train, test)
+    return {
+        "stage": stage,
+        "model": model,
+        "names": [names[name] for name, _ in stage.named_parameters()],  # in the optimizer's order
+        "criterion": SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(args.smoothing),
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay),
+        "scaler": PipelineGradScaler(device.type, enabled=args.amp == "fp16"),
+        "device": device,
+        "mixup": mixup,
+        "train": train_loader,
+        "test": test_loader,
+        "parts": [f"stage-{rank % args.pp}-replica-{rank // args.pp}.pt" for rank in range(args.pp * args.dp)],
+        "owns_loss": tpc.is_last_in_pipeline_group() and tpc.is_first_in_data_group(),
+        "losses": [],  # (epoch, step, loss) of all steps
+        "table": [],  # a row an epoch
+        "done": 0,  # steps
+        "saved": 0,  # of these, by the newest checkpoint
+    }
+
+
+def write_losses(args, run):
+    """All losses since the first step, also of those before a restart."""
+    if run["owns_loss"] and args.log_losses:
+        lines = [f"{epoch} {step} {loss!r}\n" for epoch, step, loss in run["losses"]]
+        checkpoint_files.write_text(args.log_losses, "".join(lines))
+
+
 def main():
     args = get_args()
     start_processes(args)
     torch.set_num_threads(args.threads)
     setup_distributed()
     tpc.setup_process_groups([("data", args.dp), ("pipe", args.pp)])
-    cuda = torch.cuda.is_available()
-    train, test, num_classes = build_datasets(args)
-    stage = build_stage(args, num_classes).to("cuda" if cuda else "cpu")
-    model = DDP(stage)
-    loaders = build_loaders(args, train, test)
-    run = {
-        "stage": stage,
-        "model": model,
-        "optimizer": torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay),
-        "device": torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
-        "mixup": build_mixup(args, num_classes),
-        "train": loaders[0],
-        "test": loaders[1],
-        "owns_loss": tpc.is_last_in_pipeline_group() and tpc.is_first_in_data_group(),
-    }
-    table = Table(title=f"{args.model}, {args.pp} stages x {args.dp} replicas, {args.schedule}")
-    for heading in ("epoch", "train loss", "test loss", "top-1", "top-5", "seconds"):
-        table.add_column(heading, justify="right")
-    start = load_checkpoint(args, run)
-    if run["owns_loss"] and args.log_losses and not start:
-        open(args.log_losses, "w").close()  # a new run, a new file; a resumed one goes on with its own
-    for epoch in range(start, min(args.epochs, start + (args.stop_after or args.epochs))):
+    run = build_run(args)
+    first, step = load_checkpoint(args, run)
+    write_losses(args, run)
+    for epoch in range(first, min(args.epochs, first + (args.stop_after or args.epochs))):
         began = time.time()
-        losses = train_one_epoch(args, run, epoch)
+        train_one_epoch(args, run, epoch, step if epoch == first else 0)
         metrics = evaluate(args, run)
-        if args.output:
-            save_checkpoint(args, run, epoch)
         if run["owns_loss"]:
+            losses = [loss for of, _, loss in run["losses"] if of == epoch]
             loss, top1, top5 = metrics
-            mean = sum(losses) / max(1, len(losses))
-            cells = f"{epoch} {mean:.4f} {loss:.4f} {top1:.1%} {top5:.1%} {time.time() - began:.1f}"
-            table.add_row(*cells.split())
-            if args.log_losses:
-                with open(args.log_losses, "a") as file:
-                    file.writelines(f"{epoch} {step} {value!r}\n" for step, value in enumerate(losses))
+            mean, seconds = sum(losses) / max(1, len(losses)), time.time() - began
+            run["table"].append(f"{epoch} {mean:.4f} {loss:.4f} {top1:.1%} {top5:.1%} {seconds:.1f}")
+        write_losses(args, run)
+        save_checkpoint(args, run, epoch + 1, 0)
     if run["owns_loss"]:
+        table = Table(title=f"{args.model}, {args.pp} stages x {args.dp} replicas, {args.schedule}")
+        for heading in ("epoch", "train loss", "test loss", "top-1", "top-5", "seconds"):
+            table.add_column(heading, justify="right")
+        for row in run["table"]:
+            table.add_row(*row.split())
         Console(width=100).print(table)
     dist.destroy_process_group()
 

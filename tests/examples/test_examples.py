@@ -47,7 +47,8 @@ def test_deit_goes_on_where_it_stopped_with_another_number_of_stages(tmp_path):
     # The first run ends after one epoch, because the second one is not reached within --stop-after.
     first = deit(tmp_path, "first", "--pp", 2, *folder, "--stop-after", 1)
     second = deit(tmp_path, "second", "--pp", 1, *folder)
-    assert first + second == pytest.approx(whole, abs=1e-5)
+    assert first == pytest.approx(whole[:3], abs=1e-5)
+    assert second == pytest.approx(whole, abs=1e-5)  # the losses so far are in the checkpoint
 
 
 @pytest.mark.parametrize("options", [["--amp", "bf16"], ["--mixup", 0], ["--model", "deit_tiny_distilled_patch16_224"]])

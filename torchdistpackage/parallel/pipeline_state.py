@@ -98,6 +98,8 @@ def current_state() -> PipelineState:
     """
     links = tpc.links
     if not _kept or _kept[0].links is not links:
+        if _kept and _kept[0].transport.watchdog is not None:
+            _kept[0].transport.watchdog.stop()
         _kept[:] = [_connected(links)]
     return _kept[0]
 

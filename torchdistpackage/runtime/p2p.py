@@ -101,7 +101,9 @@ class DistributedTransport(Transport):
     ) -> None:
         ranks = dist.get_process_group_ranks(control)
         timeout = _timeout_of(control).total_seconds()
-        watchdog = watchdog or _watchdog_of(ranks, control.rank())
+        if watchdog is None:
+            watchdog = _watchdog_of(ranks, control.rank())
+            weakref.finalize(self, watchdog.stop)
         super().__init__(control.rank(), ranks, device=device, watchdog=watchdog, timeout=timeout)
         self._control, self._edges = control, edges
         self._switchboard = switchboard

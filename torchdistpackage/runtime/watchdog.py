@@ -17,6 +17,7 @@ would hang.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin one from Python 3.11 on
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, final
@@ -82,7 +84,7 @@ class Watchdog:
     Attributes:
         watch: What this rank does.
         board_host: As given.
-        answers: Whether the board has answered so far.
+        answers: Whether the board has answered the last question in time.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Watchdog:
         self._since = self._known_since = self._next_look = time.monotonic()
         self._spoken = 0
         self._processor: tuple[float, float] | None = None
+        self._gone = False  # the board
 
     def start(self) -> None:
         """Begins; a second call does nothing."""
@@ -137,14 +140,14 @@ class Watchdog:
         return {rank: Doing(**json.loads(text)) for rank, text in found.items()}
 
     def _ask(self, function: Callable[[], Any]) -> Any:
-        if not self.answers:
+        if self._gone:
             return None
         self.start()
         answer: Future[Any] = Future()
         self._requests.put((function, answer))
         try:
-            return answer.result(2 * _TICK)
-        except (TimeoutError, RuntimeError, ValueError):  # it is gone with its host, or its host is stopped
+            return answer.result(2 * _TICK if self.answers else _TICK / 5)
+        except (FutureTimeoutError, RuntimeError, ValueError):  # its host is stopped, or gone
             self.answers = False
             return None
 
@@ -161,9 +164,19 @@ class Watchdog:
                 return
             function, answer = request
             try:
-                answer.set_result(function())
+                answer.set_result(self._of_the_board(function))
             except Exception as error:
                 answer.set_exception(error)
+
+    def _of_the_board(self, function: Callable[[], Any]) -> Any:
+        """Asks the board; this thread waits for it as long as it takes."""
+        try:
+            result = function()
+        except (RuntimeError, ValueError):
+            self.answers, self._gone = False, True  # with its host; messages still tell
+            raise
+        self.answers = True
+        return result
 
     def _look_around(self) -> None:
         watch, now = self.watch, time.monotonic()
@@ -193,12 +206,9 @@ class Watchdog:
             self.watch.tell(epoch, report)
 
     def _find_quietly(self) -> None:
-        if not self.answers:
-            return
-        try:
-            self._find()
-        except (RuntimeError, ValueError):
-            self.answers = False  # it is gone with its host; messages still tell
+        if not self._gone:
+            with contextlib.suppress(RuntimeError, ValueError):
+                self._of_the_board(self._find)
 
     def _end_wait(self, now: float) -> None:
         """Closes the groups if a step that has failed does not end by itself."""
@@ -233,10 +243,9 @@ class Watchdog:
         self._say(json.dumps({"awaits": self.watch.awaits, "action": action, "text": text}))
 
     def _say(self, text: str) -> None:
-        try:
-            self._board.say(self.watch.epoch, self._ranks[self._rank], text)
-        except (RuntimeError, ValueError):
-            self.answers = False
+        if not self._gone:
+            with contextlib.suppress(RuntimeError, ValueError):
+                self._of_the_board(lambda: self._board.say(self.watch.epoch, self._ranks[self._rank], text))
 
     # --- what the step is doing ---------------------------------------------------------------------------------------
 
