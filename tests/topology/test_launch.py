@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -169,3 +171,35 @@ def test_find_free_port() -> None:
     assert isinstance(port, str)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(port)))
+
+
+RESTARTED = """
+import os, sys, torch, torch.distributed as dist
+from torchdistpackage import setup_distributed, tpc
+
+setup_distributed(backend="gloo")
+tpc.setup_process_groups([("pipe", 3)])
+value = torch.ones(1)
+dist.all_reduce(value, group=tpc.get_group("pipe"))
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if attempt < 2 and dist.get_rank() == attempt:
+    os._exit(1)
+dist.barrier()
+print("attempt", attempt, "sum", value.item(), flush=True)
+"""
+
+
+@pytest.mark.timeout(150)
+def test_ranks_that_torchrun_restarts_find_each_other(tmp_path: Path) -> None:
+    """Its store keeps what the ended processes have said of their addresses."""
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED)
+    options = ["--standalone", "--nproc-per-node", "3", "--max-restarts", "2"]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("attempt 2 sum 3.0") == 3

@@ -110,9 +110,19 @@ def setup_distributed(
         _export(plan)
     host = f"[{addr}]" if ":" in addr else addr
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and plan.source == "torchrun"
+    store = None
+    if (
+        agent_store
+    ):  # it serves all restarts: without a prefix a rank would find the addresses of processes that are gone
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        client = dist.TCPStore(  # type: ignore[attr-defined]
+            addr, store_port, world_size, is_master=False, timeout=seconds or dist.constants.default_pg_timeout
+        )
+        store = dist.PrefixStore(f"attempt_{attempt}", client)  # type: ignore[attr-defined]
     dist.init_process_group(
         backend,
-        init_method="env://" if agent_store else f"tcp://{host}:{store_port}",
+        store=store,
+        init_method=None if agent_store else f"tcp://{host}:{store_port}",
         rank=rank,
         world_size=world_size,
         timeout=seconds,
