@@ -185,7 +185,7 @@ attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 if attempt < 2 and dist.get_rank() == attempt:
     os._exit(1)
 dist.barrier()
-print("attempt", attempt, "sum", value.item(), flush=True)
+print(f"attempt {attempt} sum {value.item()}\\n", end="", flush=True)
 """
 
 

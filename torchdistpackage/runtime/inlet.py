@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import zlib
 from collections import deque
 from typing import TYPE_CHECKING, NoReturn
@@ -21,7 +22,7 @@ from torchdistpackage.runtime.message import Header, Kind, Message
 if TYPE_CHECKING:
     from torchdistpackage.runtime.transport import Transport
 
-__all__ = ["Inlet"]
+__all__ = ["Inlet", "report_in"]
 
 
 class Inlet:
@@ -203,3 +204,14 @@ class Inlet:
 
     def _lost(self, error: Exception) -> NoReturn:
         raise_lost(error, self._transport, self._sender, "receiving from")
+
+
+def report_in(data: bytes) -> FailureReport | None:
+    """The report, if a frame is one."""
+    try:
+        header = wire.read_header(data)
+    except (TransportError, struct.error):
+        return None
+    if header.kind != wire.Kind.FAILURE:
+        return None
+    return FailureReport.from_bytes(data[ALIGNMENT : ALIGNMENT + header.payload_bytes])

@@ -23,7 +23,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import socket
-import struct
 import sys
 import threading
 import time
@@ -39,12 +38,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from torchdistpackage.errors import PipelineError, TransportError
-from torchdistpackage.runtime import message as wire
+from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime.board import StoreBoard
 from torchdistpackage.runtime.edge import Handle, Mover
 from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, Stalled
-from torchdistpackage.runtime.layout import ALIGNMENT
+from torchdistpackage.runtime.inlet import report_in
 from torchdistpackage.runtime.link import ReceivingLink, SendingLink
 from torchdistpackage.runtime.transport import TensorShard, Transport
 from torchdistpackage.runtime.watch import Watch
@@ -56,6 +54,7 @@ _TAG_BASE = 1 << 30  # far from the tags that a user's own send and recv on this
 _EPOCHS = 1 << 20
 _AHEAD = 4  # compute actions; 2 gained as much on two ranks, 8 a little more on four ranks that shared two cores
 _PATIENCE = 0.5  # seconds that a rank with a broken connection looks for a report: it was left before that broke
+_LATE = 3.0  # seconds, when that was because its own time was up: it has yet to find out for whom it waited
 _LEAVING = 3.0  # seconds that a process waits at its end for slower ranks to take its last messages
 
 _instances: dict[tuple[int, ...], int] = {}
@@ -205,11 +204,11 @@ class DistributedTransport(Transport):
 
     def find_report(self) -> FailureReport | None:
         """Looks for a moment: a rank that fails tells its neighbours and the board before it leaves."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + (_LATE if self._is_late() else _PATIENCE)
         while self.watch.report is None:
             for link in self._receiving.values():
                 for data in link.waiting():
-                    report = _report_in(data)
+                    report = report_in(data)
                     if report is not None:
                         return report
             super().find_report()
@@ -217,6 +216,16 @@ class DistributedTransport(Transport):
                 break
             time.sleep(0.02)
         return self.watch.report
+
+    def lost(self, peer: int, action: str) -> FailureReport:
+        """The report of a rank that has gone; but one that has waited in vain closes its connections of gloo, too."""
+        if self._is_late() and not self.condition(peer):
+            return self.stalled(Stalled(self, peer, self.timeout), action)
+        return super().lost(peer, action)
+
+    def _is_late(self) -> bool:
+        """Whether this rank has waited about as long as the time-out allows, so that others may give up now, too."""
+        return self.watchdog is not None and self.watchdog.waited > self.timeout / 2
 
     def condition(self, peer: int) -> str:
         """What the system says of a rank of this machine."""
@@ -245,7 +254,8 @@ class DistributedTransport(Transport):
             lines.append(f"  {doing}" + (f": {condition}" if condition else ""))
         known = said[culprit].action if culprit in said else ""
         place = self.global_ranks.index(culprit) if culprit in self.global_ranks else -1
-        whole = error.__cause__ is None  # a wait of gloo's that has ended in this way has broken its connection
+        # A wait of gloo's that has ended in this way has broken its connection.
+        whole = self._switchboard is not None and all(map(self._switchboard.reaches, others))
         return FailureReport(place, culprit, known, "\n".join(lines), "", whole=whole, kind=self.kind)
 
     def _host_sender(self, receiver: int, bulk: bool) -> Mover:
@@ -329,16 +339,6 @@ def _timeout_of(group: dist.ProcessGroup) -> timedelta:
     options = getattr(group._get_backend(torch.device("cpu")), "options", None)
     found: timedelta = getattr(options, "_timeout", default_pg_timeout)
     return found
-
-
-def _report_in(data: bytes) -> FailureReport | None:
-    try:
-        header = wire.read_header(data)
-    except (TransportError, struct.error):
-        return None
-    if header.kind != wire.Kind.FAILURE:
-        return None
-    return FailureReport.from_bytes(data[ALIGNMENT : ALIGNMENT + header.payload_bytes])
 
 
 def _let_sends_finish(reference: weakref.ref[DistributedTransport]) -> None:

@@ -124,6 +124,11 @@ class Watchdog:
             self._requests.put(None)
             thread.join(1.0)
 
+    @property
+    def waited(self) -> float:
+        """Seconds for which the step has not moved, to half a second."""
+        return time.monotonic() - self._since if self._state == self._now() else 0.0
+
     def publish(self, report: FailureReport) -> None:
         """Leaves a report on the board, or gives up after a moment."""
         epoch = self.watch.epoch
@@ -179,8 +184,7 @@ class Watchdog:
         return result
 
     def _look_around(self) -> None:
-        watch, now = self.watch, time.monotonic()
-        state = (watch.epoch, watch.step, watch.at, watch.awaits)
+        watch, now, state = self.watch, time.monotonic(), self._now()
         if state != self._state:
             if self._spoken:
                 self._say("")
@@ -198,6 +202,10 @@ class Watchdog:
             self._end_wait(now)
         elif waited >= self._patience * 2**self._spoken:
             self._speak(waited)
+
+    def _now(self) -> object:
+        watch = self.watch
+        return (watch.epoch, watch.step, watch.at, watch.awaits)
 
     def _find(self) -> None:
         epoch = self.watch.epoch
