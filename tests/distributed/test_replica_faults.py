@@ -25,8 +25,8 @@ class FailsAt(nn.Module):
         return OUTPUT_FAULTS[self.fault](x) if self.calls == self.call and self.fault else x
 
 
-def replicated(rank, world, pipe, fault, call, bad, schedule):
-    start(pipe)
+def replicated(rank, world, pipe, fault, call, bad, schedule="1f1b", m=4, same_host=True):
+    start(pipe, same_host=same_host)
     layers = make_layers()
     trap = FailsAt(fault if rank == bad else None, call)
     layers = nn.Sequential(*partition_uniform(list(layers)))
@@ -35,12 +35,12 @@ def replicated(rank, world, pipe, fault, call, bad, schedule):
 
     def step():
         inputs = own_inputs(x, y)
-        forward_backward(None, loss_step(model), None, inputs, 4, schedule=schedule)
+        forward_backward(None, loss_step(model), None, inputs, m, schedule=schedule)
         clip_grad_norm_(model.parameters(), 1.0)
 
     found = outcome(step)
     again = None
-    if fault == "forward":
+    if fault == "forward" and m > 1:
         layers.zero_grad()
         trap.call = 0
         again = outcome(step)
@@ -79,7 +79,7 @@ def test_an_error_before_the_reduction_leaves_everything_whole(schedule, bad):
 
 @pytest.mark.parametrize("bad", [0, 3])
 def test_an_error_in_the_last_backward_ends_the_reduction_of_the_others(bad):
-    everyone = run_distributed(replicated, 4, 2, "backward", 4, bad, "1f1b")
+    everyone = run_distributed(replicated, 4, 2, "backward", 4, bad)
     check(everyone, bad, "Planted")
     # Who was in the reduction has closed its groups; whoever goes on is told so.
     assert all(again[0] in ("NotWhole", "PipelineError") for _, again, _ in everyone), [e[1] for e in everyone]
@@ -112,11 +112,19 @@ def evaluated(rank, world, bad):
     return outcome(loop)
 
 
+def test_with_one_microbatch_the_reduction_of_the_others_is_ended():
+    """There DDP works as it is, without an agreement before."""
+    everyone = run_distributed(replicated, 4, 2, "forward", 1, 3, "1f1b", 1)
+    check(everyone, 3, "Planted")
+    assert all("earlier failure has broken" in again[1] for _, again, _ in everyone), [e[1] for e in everyone]
+
+
+@pytest.mark.parametrize("same_host", [True, False])
 @pytest.mark.parametrize("pipe", [1, 2])
 @pytest.mark.parametrize("call", [2, 4])
-def test_a_killed_rank_is_named_by_replicas(pipe, call):
+def test_a_killed_rank_is_named_by_replicas(pipe, call, same_host):
     bad = 1
-    everyone = run_distributed(replicated, 2 * pipe, pipe, "killed", call, bad, "1f1b", may_die=[bad])
+    everyone = run_distributed(replicated, 2 * pipe, pipe, "killed", call, bad, "1f1b", 4, same_host, may_die=[bad])
     for rank, result in enumerate(everyone):
         if rank != bad:
             found, again, _ = result

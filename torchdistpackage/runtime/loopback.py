@@ -86,9 +86,9 @@ class LoopbackTransport(Transport):
         super().publish(report)
         self._hub.reports.setdefault(self.epoch, report)
 
-    def find_report(self) -> FailureReport | None:
+    def look(self) -> FailureReport | None:
         """The hub's report of this epoch, or the watchdog's."""
-        return self._hub.reports.get(self.epoch) or super().find_report()
+        return self._hub.reports.get(self.epoch) or super().look()
 
 
 def loopback(

@@ -53,8 +53,6 @@ __all__ = ["DistributedTransport", "TensorGroupShard"]
 _TAG_BASE = 1 << 30  # far from the tags that a user's own send and recv on this group would take
 _EPOCHS = 1 << 20
 _AHEAD = 4  # compute actions; 2 gained as much on two ranks, 8 a little more on four ranks that shared two cores
-_PATIENCE = 0.5  # seconds that a rank with a broken connection looks for a report: it was left before that broke
-_LATE = 3.0  # seconds, when that was because its own time was up: it has yet to find out for whom it waited
 _LEAVING = 3.0  # seconds that a process waits at its end for slower ranks to take its last messages
 
 _instances: dict[tuple[int, ...], int] = {}
@@ -202,30 +200,20 @@ class DistributedTransport(Transport):
         """True on NCCL."""
         return self._edges is not None
 
-    def find_report(self) -> FailureReport | None:
-        """Looks for a moment: a rank that fails tells its neighbours and the board before it leaves."""
-        deadline = time.monotonic() + (_LATE if self._is_late() else _PATIENCE)
-        while self.watch.report is None:
-            for link in self._receiving.values():
-                for data in link.waiting():
-                    report = report_in(data)
-                    if report is not None:
-                        return report
-            super().find_report()
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        return self.watch.report
+    def look(self) -> FailureReport | None:
+        """A report that is at the end of a link, in the place of a message that nobody has taken, or on the board."""
+        for link in self._receiving.values():
+            for data in link.waiting():
+                report = report_in(data)
+                if report is not None:
+                    return report
+        return super().look()
 
     def lost(self, peer: int, action: str) -> FailureReport:
         """The report of a rank that has gone; but one that has waited in vain closes its connections of gloo, too."""
-        if self._is_late() and not self.condition(peer):
+        if self.is_late() and not self.condition(peer):
             return self.stalled(Stalled(self, peer, self.timeout), action)
         return super().lost(peer, action)
-
-    def _is_late(self) -> bool:
-        """Whether this rank has waited about as long as the time-out allows, so that others may give up now, too."""
-        return self.watchdog is not None and self.watchdog.waited > self.timeout / 2
 
     def condition(self, peer: int) -> str:
         """What the system says of a rank of this machine."""
@@ -238,7 +226,11 @@ class DistributedTransport(Transport):
         said = {} if watchdog is None else watchdog.said(self.global_ranks)
         conditions = {self.global_ranks[rank]: self.condition(rank) for rank in others}
         culprit, passed = self.global_ranks[error.peer], {self.global_rank}
-        while culprit in said and said[culprit].awaits >= 0 and culprit not in passed:
+        while watchdog is not None and culprit not in passed:
+            if culprit not in said:
+                said |= watchdog.said([culprit])  # of another pipeline
+            if culprit not in said or said[culprit].awaits < 0:
+                break
             passed.add(culprit)
             culprit = said[culprit].awaits
         if not said and any(conditions.values()):

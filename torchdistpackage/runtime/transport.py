@@ -9,6 +9,7 @@ Neighbours: `p2p.py` (torch.distributed) and `loopback.py` (all ranks as threads
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +29,13 @@ from torchdistpackage.runtime.watch import Watch
 from torchdistpackage.runtime.watchdog import Watchdog
 
 __all__ = ["Handle", "Mover", "TensorShard", "Transport"]
+
+# How long a rank with a broken connection looks for a report, in seconds. It was left before that broke, unless
+_PATIENCE = 0.5
+# it broke in a collective, which does not say whose it was: whoever had it in a step finds out first; or
+_PATIENCE_OF_COLLECTIVES = 2.0
+# its other end, too, had waited as long as it may: it has yet to find out for whom.
+_LATE = 3.0
 
 
 class TensorShard(Protocol):
@@ -121,11 +129,31 @@ class Transport(ABC):
         if self.watchdog is not None:
             self.watchdog.publish(report)
 
-    def find_report(self) -> FailureReport | None:
-        """Looks for a report of this epoch, after a connection broke; may wait a moment for it."""
+    def look(self) -> FailureReport | None:
+        """A report of this epoch that has come already."""
         if self.watchdog is not None and self.watch.report is None:
             self.watchdog.look()
         return self.watch.report
+
+    def find_report(self, patience: float) -> FailureReport | None:
+        """Looks for a report of this epoch for a while: a rank that fails tells the others before it leaves.
+
+        Args:
+            patience: Seconds.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            for transport in (self, *self.companions):
+                report = transport.look()
+                if report is not None:
+                    return report
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.02)
+
+    def is_late(self) -> bool:
+        """Whether this rank has waited about as long as the time-out allows, so that others may give up now, too."""
+        return self.watchdog is not None and self.watchdog.waited > self.timeout / 2
 
     def outlet(self, receiver: int) -> Outlet:
         """The sending end of the edge to another rank."""
@@ -255,12 +283,13 @@ class Transport(ABC):
         if isinstance(error, RemoteFailure):
             return error.report
         if isinstance(error, ConnectionLost):
-            return self.find_report() or cast(FailureReport, error.place.lost(error.peer, action))
+            patience = _LATE if self.is_late() else _PATIENCE
+            return self.find_report(patience) or cast(FailureReport, error.place.lost(error.peer, action))
         if isinstance(error, Stalled):
-            return self.find_report() or cast(FailureReport, error.place.stalled(error, action))
+            return self.find_report(0.0) or cast(FailureReport, error.place.stalled(error, action))
         if self.watch.interrupted:
             return self.watch.report
-        return self.find_report() or self.torn(error, action) if is_torn(error) else None
+        return self.find_report(_PATIENCE_OF_COLLECTIVES) or self.torn(action) if is_torn(error) else None
 
     @contextmanager
     def guard(self, action: str) -> Iterator[None]:
@@ -293,7 +322,7 @@ class Transport(ABC):
         text = f"{error}, at {action}"
         return FailureReport(error.peer, self.global_ranks[error.peer], "", text, "", whole=False, kind=self.kind)
 
-    def torn(self, error: BaseException, action: str) -> FailureReport | None:
+    def torn(self, action: str) -> FailureReport | None:
         """The report of a collective whose group broke; None if nobody is known to have left."""
         for transport in (self, *self.companions):
             for peer in range(transport.num_ranks):
