@@ -48,6 +48,10 @@ def replicated(rank, world, pipe, fault, call, bad, schedule="1f1b", m=4, same_h
         again = outcome(step)
     if fault == "backward":  # all processes still run
         start(pipe)
+        if rank == bad:
+            assert "wrap its module anew" in outcome(step)[1]
+        else:
+            assert outcome(step)[0] == "PipelineError"
         model, trap.call = DDP(nn.Sequential(layers, trap)), 0
         layers.zero_grad()
         step()

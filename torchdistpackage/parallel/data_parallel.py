@@ -16,6 +16,7 @@ Neighbours: `pipeline_sched.py` hands a reducer to each stage; `runtime/stage.py
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
@@ -31,6 +32,8 @@ from torchdistpackage.runtime.backward import reachable_leaves
 from torchdistpackage.topology import tpc
 
 __all__ = ["DDP", "DistributedDataParallelReducer"]
+
+_cut_off: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
 class DDP(DistributedDataParallel):
@@ -176,6 +179,9 @@ class DistributedDataParallelReducer:
         """
         whole, self._under_way = not self._under_way, False
         for module in self._quiet:
+            if not whole:
+                _cut_off.add(module)
+                module.reducer._remove_autograd_hooks()  # it would go on in the backwards of another wrapper
             module.require_backward_grad_sync = True
             module.require_forward_param_sync = True  # the quiet forwards have turned it off
         self._quiet = []
@@ -198,6 +204,11 @@ class DistributedDataParallelReducer:
         return {id(p) for module in self._quiet for p in _trainable(module)}
 
     def _silence(self, module: DistributedDataParallel) -> None:
+        if module in _cut_off:
+            raise PipelineError(
+                "a failure has cut off the reduction of this DistributedDataParallel wrapper, and torch cannot take it "
+                "up again: wrap its module anew"
+            )
         if any(module is quiet for reducer in self._family for quiet in reducer._quiet):
             if not any(module is quiet for quiet in self._quiet):
                 self._quiet.append(module)  # one module runs several chunks
