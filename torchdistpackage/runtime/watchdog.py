@@ -160,19 +160,24 @@ class Watchdog:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        due = time.monotonic() + _TICK
         while True:
-            try:
-                request = self._requests.get(timeout=_TICK)
-            except queue.Empty:
-                self._look_around()
+            with contextlib.suppress(queue.Empty):
+                request = self._requests.get(timeout=max(0.0, due - time.monotonic()))
+                if request is None:
+                    return
+                function, answer = request
+                try:
+                    answer.set_result(self._of_the_board(function))
+                except Exception as error:
+                    answer.set_exception(error)
+            if time.monotonic() < due:
                 continue
-            if request is None:
-                return
-            function, answer = request
             try:
-                answer.set_result(self._of_the_board(function))
-            except Exception as error:
-                answer.set_exception(error)
+                self._look_around()
+            except Exception:  # whatever it was, the next look may find the failure that ends a wait
+                _log.exception("the watchdog of global rank %d could not look around", self._ranks[self._rank])
+            due = time.monotonic() + _TICK
 
     def _of_the_board(self, function: Callable[[], Any]) -> Any:
         """Asks the board; this thread waits for it as long as it takes."""
