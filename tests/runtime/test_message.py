@@ -79,6 +79,14 @@ def test_ordered_dicts_and_special_values():
     assert_same(sent, travel([sent])[0])
 
 
+def test_sizes_and_slices_are_constants():
+    sent = [(torch.ones(n), torch.Size([n, 2]), slice(None, n), slice(n, 0, -1)) for n in (1, 2, 2, 3)]
+    for mine, theirs in zip(sent, travel(sent, steps=2), strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert mine[1:] == theirs[1:]
+        assert [type(value) for value in theirs[1:]] == [torch.Size, slice, slice]
+
+
 def test_true_and_one_are_not_the_same_constant():
     assert [type(x[0]) for x in travel([[True], [1], [1.0]])] == [bool, int, float]
 
@@ -118,6 +126,7 @@ def test_the_sender_may_change_its_tensor_right_after():
     [
         (object(), "object, which cannot travel"),
         ([torch.ones(2), {1, 2}], "set, which cannot travel"),
+        ([slice(0, 2.5)], "slice, which cannot travel"),
         (torch.eye(2).to_sparse(), "only dense tensors travel"),
     ],
 )
@@ -138,15 +147,16 @@ def test_foreign_bytes_are_not_taken_for_a_message():
 
 
 def tensor(shape=(2, 3), stride=(3, 1), dtype="float32", grad=False, cuda=False, travel=0):
-    return {"spec": None, "wire": None, "leaves": [["tensor", shape, stride, dtype, grad, cuda, travel]]}
+    leaves = [["tensor", shape, stride, dtype, grad, cuda, travel]]
+    return {"spec": None, "wire": None, "leaves": leaves, "skips": []}
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         {},
-        {"spec": None, "wire": None, "leaves": [["tensor", [1]]]},
-        {"spec": "x", "wire": None, "leaves": []},
+        {**tensor(), "leaves": [["tensor", [1]]]},
+        {**tensor(), "spec": "x", "leaves": []},
         {**tensor(), "leaves": []},
         {**tensor(), "leaves": tensor()["leaves"] * 2},
         {**tensor(), "wire": "Tensor"},
@@ -160,6 +170,12 @@ def tensor(shape=(2, 3), stride=(3, 1), dtype="float32", grad=False, cuda=False,
         tensor(dtype="nn"),
         tensor(travel=7),
         {**tensor(), "leaves": [["module", "os"]]},
+        {**tensor(), "leaves": [["slice", [0, "end"]]]},
+        {**tensor(), "leaves": [["size", [2.5]]]},
+        {**tensor(), "skips": [[0, 1]]},
+        {**tensor(), "skips": [[0, 1 << 40]]},
+        {**tensor(), "skips": [[0]]},
+        {**tensor(), "skips": 7},
     ],
 )
 def test_a_damaged_description_is_an_error(damage):

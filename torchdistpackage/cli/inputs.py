@@ -170,14 +170,19 @@ def _read_costs(path: str) -> CostModel:
     for name, value in found.items():
         if not _fits(name, value):
             raise ScheduleError(f"{path}: {name!r} is {value!r}; write costs as in {example}")
-    costs: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    return CostModel(**costs)
+    return CostModel(**{name: _as_tuples(value) for name, value in found.items()})
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _fits(name: str, value: Any) -> bool:
     """Whether a value has the type of its field in `CostModel`; the numbers are checked there."""
     if name == "unit":
         return isinstance(value, str)
+    if name == "skip_hop" and isinstance(value, list):
+        return all(isinstance(entry, list) and all(map(_is_number, entry)) for entry in value)
     if isinstance(value, list):
         return name != "bandwidth" and all(map(_is_number, value))
     return value is None or (name in ("hop", "bandwidth") and _is_number(value))

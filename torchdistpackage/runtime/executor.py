@@ -6,12 +6,12 @@
     F      take the input -> stage.forward  -> keep the output for SEND
     B      take the gradient -> stage.backward -> keep the input's gradient for SEND
     I, W   the same in two halves: stage.backward_input, and later stage.backward_weight
-    SEND   pack and send, do not wait
+    SEND   pack and send, do not wait            (what goes past stages is sent and taken with F and B: skips.py)
     REDUCE_GRAD   the stage's gradients are complete over its data-parallel replicas
 
-The state of a micro-batch lives in three places only: the stage's saved inputs and outputs, this file's `_local`
-(results on their way to a SEND or to another stage of this rank) and the transport's mail. All are emptied by taking,
-and a step ends with all of them empty. Neighbours: `program.py` resolves the plan, `stage.py` knows autograd,
+The state of a micro-batch lives in three places only: the stage's saved inputs and outputs, `mail.py` (results on their
+way to a SEND or to another stage of this rank, and beside it `skips.py`) and the transport's mail. All are emptied by
+taking, and a step ends with all of them empty. Neighbours: `program.py` resolves the plan, `stage.py` knows autograd,
 `transport.py` carries messages.
 """
 
@@ -26,18 +26,19 @@ from typing import Any, NoReturn, Protocol, final
 import torch
 from torch import Tensor
 
-from torchdistpackage.errors import PipelineError, TransportError
+from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.backward import BackwardFn
-from torchdistpackage.runtime.edge import Key
-from torchdistpackage.runtime.hand_over import HandOver
+from torchdistpackage.runtime.mail import Mail, gradient_list
 from torchdistpackage.runtime.message import Kind, Message
 from torchdistpackage.runtime.microbatch import Slices, merge_outputs, microbatch_sizes, slice_inputs
 from torchdistpackage.runtime.program import Instruction, compile_program
 from torchdistpackage.runtime.recorder import Recorder
-from torchdistpackage.runtime.stage import ForwardFn, GradientReducer, Output, Stage
+from torchdistpackage.runtime.skips import SkipMail
+from torchdistpackage.runtime.stage import ForwardFn, GradientReducer, Gradients, Output, Stage
 from torchdistpackage.runtime.transport import TensorShard, Transport
-from torchdistpackage.schedule import Op, Plan
+from torchdistpackage.schedule import Op, Plan, verify
+from torchdistpackage.schedule.routing import Routed, Skips
 
 __all__ = ["ChunkWork", "Executor", "StepExtension", "StepResult"]
 
@@ -50,7 +51,8 @@ class ChunkWork:
 
     Attributes:
         forward_fn: The user's function; gets one object, or a list when there are several inputs.
-        backward_fn: The user's backward, or None for torch's.
+        backward_fn: The user's backward, or None for torch's. For a `Routed` it gets a dict: destination -> gradients
+            of those of its values that want one, in order.
         inputs: The chunk's own inputs, for the whole batch.
         reducer: Reduces its gradients over data-parallel replicas.
         scale: Scales the loss that its backward starts from, if it is the last one.
@@ -104,6 +106,10 @@ class Executor:
         plan: Verified, with communication.
         transport: This rank's transport.
 
+    Attributes:
+        plan: With the skips of the last step, which the stages say: from the next step on the memory of their messages
+            is used again as early as that of all others.
+
     Example:
         >>> from torchdistpackage.runtime.loopback import loopback
         >>> from torchdistpackage.schedule import build
@@ -115,10 +121,25 @@ class Executor:
     """
 
     def __init__(self, plan: Plan, transport: Transport) -> None:
-        self.plan, self.transport = plan, transport
-        self._program = compile_program(plan, transport.rank, transport.receives_ahead)
+        self._given, self.transport = plan, transport
         count = plan.placement.num_stages
         self._stages = {index: Stage(index, count) for index in plan.placement.local_stages(transport.rank)}
+        self._mail = Mail(plan, transport)
+        self._skips = SkipMail(self._mail, transport, plan.skips)
+        self._proved: dict[Skips, Plan] = {plan.skips: plan}
+        self._adopt(plan.skips)
+        self._splits = any(at.op is Op.INPUT_GRAD for at in self._program.instructions)
+        self._recorder: Recorder | None = None
+        self._looks = self._splits  # whether a stage is compiled, in the first step
+        self._told = False
+
+    def _adopt(self, skips: Skips) -> None:
+        """Goes on with the plan for this table of skips: another table proves other messages delivered."""
+        if skips not in self._proved:
+            self._proved[skips] = self._given.with_skips(skips)
+            verify(self._proved[skips])
+        self.plan = self._proved[skips]
+        self._program = compile_program(self.plan, self.transport.rank, self.transport.receives_ahead)
         handlers = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -131,10 +152,6 @@ class Executor:
             Op.REDUCE_GRAD: self._reduce,
         }
         self._steps = [(handlers[at.op], at) for at in self._program.instructions]
-        self._splits = any(at.op is Op.INPUT_GRAD for at in self._program.instructions)
-        self._recorder: Recorder | None = None
-        self._looks = self._splits  # whether a stage is compiled, in the first step
-        self._told = False
 
     def run(
         self,
@@ -171,7 +188,8 @@ class Executor:
             self._begin(work, mean=mean, signature=signature, wire_dtype=wire_dtype, shard=shard)
             if around is not None:
                 around.begin_step(self.transport, training=not self.plan.forward_only)
-            self._recorder, self._looks = recorder, self._looks and not may_run_whole
+            self._recorder = self._mail.recorder = recorder
+            self._looks = self._looks and not may_run_whole
             for handle, at in self._steps:
                 watch.at = at
                 if recorder is None:
@@ -204,6 +222,9 @@ class Executor:
                     *(index, count, self._filled, reason),
                 )
         self._forget()
+        if self._skips.table is not None and self._skips.table != self.plan.skips:
+            self._adopt(self._skips.table)
+            self.transport.shrink()  # in this step, no message of a skip could be proved taken before the end
         return StepResult(outputs, weights, self._rows, merged, unsplit)
 
     # --- begin and end ------------------------------------------------------------------------------------------------
@@ -211,12 +232,12 @@ class Executor:
     def _begin(self, work: Sequence[ChunkWork], *, mean: bool, signature: str, wire_dtype: Any, shard: Any) -> None:
         training = not self.plan.forward_only
         self._mean, self._rows, self._filled = mean, 0, 0
-        self._local: dict[Key, Any] = {}
         self._outputs: dict[int, Any] = {}
+        self._skips.begin_step()
         for stage, chunk in zip(self._stages.values(), work, strict=True):
             stage.begin_step(chunk.forward_fn, chunk.backward_fn, chunk.reducer, chunk.scale, training=training)
         self.transport.begin_step(
-            f"{self.plan.signature}{signature}", training=training, wire_dtype=wire_dtype, shard=shard
+            f"{self._given.signature}{signature}", training=training, wire_dtype=wire_dtype, shard=shard
         )
         if training and not torch.is_grad_enabled():
             raise PipelineError("a training step runs under torch.no_grad(); for evaluation pass forward_only=True")
@@ -240,7 +261,7 @@ class Executor:
                     f"the batch has {rows} rows on the first stage, but the inputs of stage {index} (rank "
                     f"{self.transport.rank}) have {own.rows}: samples and targets must be of one batch"
                 )
-        self._rows = rows
+        self._rows = self._mail.rows = rows
         self._filled = min(rows, self.plan.num_microbatches)
         self._sizes = microbatch_sizes(rows, self.plan.num_microbatches)
         self._last_backward = {
@@ -251,12 +272,13 @@ class Executor:
 
     def _end(self) -> None:
         self.transport.finish_step(self._program.token_from, self._program.token_to)
-        if self._local:
-            raise TransportError(f"the step ended with results that nobody took: {sorted(self._local)}")
+        self._mail.end()
 
     def _forget(self) -> None:
         """Lets go of everything that belongs to the user: between steps the executor holds nothing."""
-        self._own, self._outputs, self._local, self._recorder = {}, {}, {}, None
+        self._own, self._outputs, self._recorder = {}, {}, None
+        self._mail.forget()
+        self._skips.forget()
         for stage in self._stages.values():
             stage.end_step()
 
@@ -268,26 +290,18 @@ class Executor:
     def _post(self, at: Instruction) -> None:
         self.transport.inlet(at.peer).post()
 
-    def _take(self, at: Instruction, kind: Kind, source: int) -> Message:
-        """Waits for an input, and takes back the frames that its arrival proves delivered."""
-        transport = self.transport
-        if at.peer == transport.rank:
-            handed: HandOver = self._local.pop((kind, source, at.microbatch))
-            return handed.take(at.stage)
-        message = transport.inlet(at.peer).take(kind, source, at.microbatch)
-        for peer, key in at.proves:
-            transport.outlet(peer).release(key)
-        if self._recorder is not None:
-            self._recorder.taken()
-        return message
-
     def _forward(self, at: Instruction) -> None:
-        stage, i = self._stages[at.stage], at.microbatch
-        message = None
+        stage, i, skips = self._stages[at.stage], at.microbatch, self._skips
+        message: Message | None = None
+        far: Sequence[Message] = ()
         if at.stage > 0:
-            message = self._take(at, Kind.FORWARD, at.stage - 1)
+            message = self._mail.take(at, Kind.FORWARD, at.stage - 1)
             if not self._rows:
                 self._learn_rows(message.rows)
+            layout = message.layout
+            if layout is not None and (layout.skips or skips.table != ()):
+                skips.learn(layout.skips, at.stage, "got with its input")
+                far = skips.take_values(at, message, training=not self.plan.forward_only)
         if i >= self._filled:
             result: Output | None = None  # no rows: skipped on every stage
         else:
@@ -300,63 +314,62 @@ class Executor:
                 # Several chunks may share parameters, which are complete only after the last chunk; and the halves of
                 # a backward may leave out parameters that a whole one would have reported.
                 only = self._filled == 1 and len(self._stages) == 1 and not self._splits
-                output = stage.forward(i, message, own, only=only, last=i == self._last_backward.get(at.stage))
+                last = i == self._last_backward.get(at.stage)
+                output = stage.forward(i, message, own, far=far, only=only, last=last)
             if self._looks:
                 stage.refuse_compiled(output, self.plan.name)
+            if type(output) is Routed:
+                self._pass_routed(at, output)
+                return
             if stage.is_last:
                 self._outputs[i] = output if self.plan.forward_only else _detached(output)
                 return
+            if skips.table != ():
+                skips.plain(at.stage, output)
             result = stage.flatten(i, output)
         if not stage.is_last:
-            self._pass_on(at, Kind.FORWARD, result, at.stage + 1)
+            self._mail.pass_on(at, Kind.FORWARD, result, at.stage + 1)
+
+    def _pass_routed(self, at: Instruction, output: Routed) -> None:
+        """To the neighbour first: everybody waits for that."""
+        skips = self._skips
+        skips.check(at.stage, output)
+        outputs = self._stages[at.stage].flatten_routed(at.microbatch, output, skips.table or ())
+        self._mail.pass_on(at, Kind.FORWARD, outputs[at.stage + 1], at.stage + 1)
+        skips.send_values(at, outputs, training=not self.plan.forward_only)
 
     def _backward(self, at: Instruction) -> None:
-        stage, i = self._stages[at.stage], at.microbatch
-        gradients: list[Tensor | None] | None = None
+        stage, i, skips = self._stages[at.stage], at.microbatch, self._skips
+        gradients: Gradients = None
         if not stage.is_last:
-            message = self._take(at, Kind.BACKWARD, at.stage + 1)
+            message = self._mail.take(at, Kind.BACKWARD, at.stage + 1)
             if message.layout is not None:
-                gradients = _gradient_list(message)
+                gradients = gradient_list(message)
+                if skips.sent:
+                    gradients = skips.take_gradients(at, gradients)
         result: Output | None = None
+        found: list[Tensor | None] = []
         if i < self._filled:
             weight = self._weight(self._sizes[i])
             run = stage.backward if at.op is Op.BACKWARD else stage.backward_input
             found = run(i, gradients, weight, last=i == self._last_backward[at.stage])
-            result = Output(*wire.flatten(found[0] if len(found) == 1 else found))
+            near = skips.neighbours_part(at, found) if skips.received else found
+            result = Output(*wire.flatten(near[0] if len(near) == 1 else near))
         if at.stage > 0:
-            self._pass_on(at, Kind.BACKWARD, result, at.stage - 1)
+            self._mail.pass_on(at, Kind.BACKWARD, result, at.stage - 1)
+            if skips.received:
+                skips.send_gradients(at, found)
 
     def _backward_weight(self, at: Instruction) -> None:
         if at.microbatch < self._filled:
             last = at.microbatch == self._last_backward[at.stage]
             self._stages[at.stage].backward_weight(at.microbatch, last=last)
 
-    def _pass_on(self, at: Instruction, kind: Kind, result: Output | None, to_stage: int) -> None:
-        """Sends a result, keeps it for a SEND that comes later, or hands it to another stage of this rank."""
-        if self._recorder is not None:
-            self._recorder.computed()
-            if kind == Kind.FORWARD and result is not None:
-                self._recorder.note_message(at.stage, result.leaves)
-        if at.send_to >= 0:
-            self._send(at, at.send_to, kind, result)
-        elif self.plan.placement.owner(to_stage) == self.transport.rank:
-            handed = HandOver.of(result, self._rows, training=not self.plan.forward_only)
-            self._local[kind, at.stage, at.microbatch] = handed
-        else:
-            self._local[kind, at.stage, at.microbatch] = result
-
     def _send_forward(self, at: Instruction) -> None:
-        self._send(at, at.peer, Kind.FORWARD, self._local.pop((Kind.FORWARD, at.stage, at.microbatch)))
+        self._mail.send_kept(at, Kind.FORWARD)
 
     def _send_backward(self, at: Instruction) -> None:
-        self._send(at, at.peer, Kind.BACKWARD, self._local.pop((Kind.BACKWARD, at.stage, at.microbatch)))
-
-    def _send(self, at: Instruction, receiver: int, kind: Kind, result: Output | None) -> None:
-        outlet = self.transport.outlet(receiver)
-        if result is None:
-            outlet.send_empty(kind, at.stage, at.microbatch, self._rows)
-        else:
-            outlet.send(kind, at.stage, at.microbatch, self._rows, result.leaves, result.spec)
+        self._mail.send_kept(at, Kind.BACKWARD)
 
     def _reduce(self, at: Instruction) -> None:
         reducer = self._stages[at.stage].reducer
@@ -380,10 +393,3 @@ class Executor:
 
 def _detached(output: Any) -> Any:
     return output.detach() if isinstance(output, Tensor) else None
-
-
-def _gradient_list(message: Message) -> list[Tensor | None]:
-    layout = message.layout
-    assert layout is not None
-    tree = layout.tree(message.tensors)
-    return tree if isinstance(tree, list) else [tree]

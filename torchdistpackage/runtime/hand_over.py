@@ -36,21 +36,24 @@ class HandOver(NamedTuple):
             return cls(Message(None, [], rows), [])
         keys = tuple(leaf_key(leaf, training=training) for leaf in result.leaves)
         tensors = [leaf.detach() for leaf in result.leaves if isinstance(leaf, Tensor)]
-        return cls(Message(Layout(result.spec, keys), tensors, rows), [_version(tensor) for tensor in tensors])
+        layout = Layout(result.spec, keys, skips=result.skips)
+        return cls(Message(layout, tensors, rows), [_version(tensor) for tensor in tensors])
 
-    def take(self, stage: int) -> Message:
+    def take(self, source: int, stage: int) -> Message:
         """The message.
 
         Args:
-            stage: Which one takes it.
+            source: The stage that it comes from.
+            stage: The one that takes it.
 
         Raises:
             PipelineError: A tensor of it has been changed in place since.
         """
         if [_version(tensor) for tensor in self.message.tensors] != self.versions:
             raise PipelineError(
-                f"stage {stage - 1} returned a tensor and changed it in place in a later micro-batch, before stage "
-                f"{stage} on the same rank had seen it; return a clone of it"
+                f"stage {source} returned a tensor and changed it in place in a later micro-batch, before stage "
+                f"{stage} on the same rank had seen it (or another stage changed it that got it, too); return a clone "
+                "of it"
             )
         return self.message
 

@@ -172,7 +172,7 @@ class Inlet:
         share = layouts.share_bytes(layout, size)
         if header.payload_bytes != ALIGNMENT + share:
             raise self._wrong_length(header.payload_bytes, layout)
-        on_device = layout.is_cuda and transport.carries_cuda()
+        on_device = layout.is_cuda and transport.carries(header.kind, self._sender)
         if not on_device:
             self._longest = max(self._longest, header.payload_bytes)
         payload = slot

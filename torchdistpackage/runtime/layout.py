@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchdistpackage.errors import TransportError
+from torchdistpackage.errors import ScheduleError, TransportError
+from torchdistpackage.schedule.routing import Skips, check_skips, skips_of
 
 __all__ = ["ALIGNMENT", "MAX_FRAME", "Layout", "Leaf", "TensorLayout", "Travel"]
 
 ALIGNMENT = 64  # bytes; any dtype's item size divides it, and it keeps vector loads aligned
 MAX_FRAME = 1 << 37  # bytes; a header that announces more is damaged
+MAX_STAGES = 1 << 16  # so that the number of a skip, which has both ends, fits into a header
 
 
 class Travel(enum.IntEnum):
@@ -45,11 +47,13 @@ class TensorLayout(NamedTuple):
     travel: int = Travel.ALWAYS
 
 
-Leaf = Any  # a TensorLayout, or (type, value) of a constant
+Leaf = Any  # a TensorLayout, or (type, value) of a constant; for a slice the value is its three numbers
 
 INEXACT = (float, complex)
 """Constants whose equality does not see everything: -0.0 equals 0.0, and NaN not even itself."""
 
+_SEQUENCES = {torch.Size: "size", slice: "slice"}
+_DAMAGE = (LookupError, ValueError, TypeError, AttributeError, NotImplementedError, ScheduleError, TransportError)
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -61,11 +65,13 @@ class Layout:
         spec: Structure of the pytree; None for a bare tensor.
         leaves: One entry a leaf, in pytree order.
         wire_dtype: The dtype that floating tensors are cast to while they travel; None for no cast.
+        skips: The table of the model's skips, as the sender's stage has said it; so it comes to every stage.
     """
 
     spec: pytree.TreeSpec | None
     leaves: tuple[Leaf, ...]
     wire_dtype: torch.dtype | None = None
+    skips: Skips = ()
 
     @cached_property
     def tensors(self) -> tuple[TensorLayout, ...]:
@@ -141,7 +147,8 @@ class Layout:
                 "lists or dicts, or register the container with torch's pytree and a serialized_type_name"
             ) from error
         wire = None if self.wire_dtype is None else _dtype_name(self.wire_dtype)
-        return {"spec": spec, "wire": wire, "leaves": [_leaf_to_json(leaf) for leaf in self.leaves]}
+        leaves = [_leaf_to_json(leaf) for leaf in self.leaves]
+        return {"spec": spec, "wire": wire, "leaves": leaves, "skips": self.skips}
 
     @classmethod
     def from_description(cls, data: dict[str, Any]) -> Layout:
@@ -153,11 +160,11 @@ class Layout:
         try:
             spec = None if data["spec"] is None else pytree.treespec_loads(data["spec"])
             wire = None if data["wire"] is None else _dtype_from_name(data["wire"])
-            layout = cls(spec, tuple(map(_leaf_from_json, data["leaves"])), wire)
+            layout = cls(spec, tuple(map(_leaf_from_json, data["leaves"])), wire, _skips_from_json(data["skips"]))
             expected, length = 1 if spec is None else spec.num_leaves, layout.frame_bytes
             if len(layout.leaves) != expected or length > MAX_FRAME:
                 raise ValueError(f"{len(layout.leaves)} leaves for {expected}, {length} bytes of at most {MAX_FRAME}")
-        except (LookupError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        except _DAMAGE as error:
             raise TransportError(f"a message describes its layout in a way that cannot be read: {error!r}") from error
         return layout
 
@@ -167,8 +174,13 @@ class Layout:
             return tensors[0]
         taken = iter(tensors)
         return pytree.tree_unflatten(
-            [next(taken) if isinstance(leaf, TensorLayout) else leaf[1] for leaf in self.leaves], self.spec
+            [next(taken) if isinstance(leaf, TensorLayout) else _constant(leaf) for leaf in self.leaves], self.spec
         )
+
+
+def _constant(leaf: Leaf) -> Any:
+    kind, value = leaf
+    return slice(*value) if kind is slice else value
 
 
 def leaf_key(leaf: Any, *, training: bool, travel: int = Travel.ALWAYS) -> Leaf:
@@ -187,12 +199,18 @@ def leaf_key(leaf: Any, *, training: bool, travel: int = Travel.ALWAYS) -> Leaf:
         return TensorLayout(leaf.shape, leaf.stride(), leaf.dtype, grad, leaf.is_cuda, travel)
     if isinstance(leaf, _CONSTANTS):
         return (type(leaf), leaf)
-    if isinstance(leaf, (torch.dtype, torch.device)):
+    if isinstance(leaf, (torch.dtype, torch.device, torch.Size)):
         return (type(leaf), leaf)
+    if isinstance(leaf, slice) and all(part is None or type(part) is int for part in _parts(leaf)):
+        return (slice, _parts(leaf))  # a slice has a hash from Python 3.12 on only
     raise TransportError(
-        f"a stage returned a {type(leaf).__name__}, which cannot travel to another rank; return tensors, None, numbers "
-        "and strings in tuples, lists or dicts"
+        f"a stage returned a {type(leaf).__name__}, which cannot travel to another rank; return tensors, None, "
+        "numbers, strings, sizes and slices of whole numbers in tuples, lists or dicts"
     )
+
+
+def _parts(value: slice) -> tuple[Any, Any, Any]:
+    return (value.start, value.stop, value.step)
 
 
 def is_like(tensor: Tensor, known: TensorLayout | None) -> bool:
@@ -216,6 +234,8 @@ def is_leaf_like(leaf: Any, known: Leaf, travel: int) -> bool:
     kind, value = known
     if type(leaf) is not kind:
         return False
+    if kind is slice:
+        return bool(_parts(leaf) == value)
     return repr(leaf) == repr(value) if kind in INEXACT else bool(leaf == value)
 
 
@@ -275,6 +295,8 @@ def _leaf_to_json(leaf: Leaf) -> Any:
         return ["dtype", _dtype_name(value)]
     if kind is torch.device:
         return ["device", str(value)]
+    if kind in (torch.Size, slice):
+        return [_SEQUENCES[kind], list(value)]
     return ["constant", value]
 
 
@@ -288,6 +310,12 @@ def _checked(tensor: TensorLayout) -> TensorLayout:
     return tensor._replace(travel=Travel(tensor.travel))
 
 
+def _skips_from_json(data: Any) -> Skips:
+    skips = skips_of(data)
+    check_skips(skips, MAX_STAGES)
+    return skips
+
+
 def _leaf_from_json(data: Any) -> Leaf:
     kind, *rest = data
     if kind == "tensor":
@@ -298,7 +326,9 @@ def _leaf_from_json(data: Any) -> Leaf:
         "complex": lambda real, imag: complex(real, imag),
         "dtype": _dtype_from_name,
         "device": torch.device,
+        "size": torch.Size,
+        "slice": lambda parts: slice(*parts),
         "constant": lambda value: value,
     }
     value = readers[kind](*rest)
-    return (type(value), value)
+    return leaf_key(value, training=False) if kind == "slice" else (type(value), value)

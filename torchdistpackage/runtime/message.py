@@ -16,7 +16,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import TransportError
@@ -35,6 +35,7 @@ class Kind(enum.IntEnum):
     DONE = 2  # the step is over, see `transport.finish_step`
     VALUE = 3  # outside of the plan: the loss, a tied gradient
     FAILURE = 4  # the sender has failed; the rest of the frame says why
+    SKIP = 5  # past the neighbour: values to a later stage, gradients to an earlier one, see `skips.py`
 
 
 class Header(NamedTuple):
@@ -44,7 +45,7 @@ class Header(NamedTuple):
         kind: What the frame is for.
         flags: Sum of the `Header.*` flags.
         signature: Checksum of what both ranks must agree on (schedule, micro-batches, ...).
-        stage: The sender's stage.
+        stage: The sender's stage; of a SKIP its number, which has both ends.
         microbatch: Which micro-batch.
         rows: Rows of the whole step's batch; 0 where nobody needs to know.
         layout: The number of the layout on this edge.
@@ -130,4 +131,9 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec | None]:
     """Leaves and structure; a bare tensor, the common case, has no structure."""
     if isinstance(tree, Tensor):
         return [tree], None
-    return pytree.tree_flatten(tree)
+    return pytree.tree_flatten(tree, is_leaf=_is_size)
+
+
+def _is_size(node: Any) -> bool:
+    """A size is a constant; some versions of torch would take it apart, and give a plain tuple back."""
+    return type(node) is Size

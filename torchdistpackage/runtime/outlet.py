@@ -21,19 +21,21 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from torchdistpackage.runtime.transport import Transport
+    from torchdistpackage.schedule.routing import Skips
 
 __all__ = ["Outlet"]
 
 _KEPT = int(Travel.KEPT)
+_REPEATING = (Kind.FORWARD, Kind.SKIP)
 
 
 class _Known:
     """A layout that has a number on this edge, with the frames that wait to be used again."""
 
-    __slots__ = ("layout", "number", "only", "spare", "told")
+    __slots__ = ("layout", "number", "on_device", "only", "spare", "told")
 
-    def __init__(self, number: int, layout: Layout) -> None:
-        self.number, self.layout = number, layout
+    def __init__(self, number: int, layout: Layout, *, on_device: bool) -> None:
+        self.number, self.layout, self.on_device = number, layout, on_device
         self.only = layout.tensors[0] if layout.spec is None else None
         self.spare: list[Frame] = []
         self.told = False  # whether the other side has its description
@@ -91,9 +93,7 @@ class Outlet:
         transport = self._transport
         for number, known in self._used_before.items():
             if number not in self._used:  # another shape of batch has come: its frames take the memory of the old ones
-                for frame in known.spare:
-                    transport.recycle(self._receiver, frame.buffer)
-                known.spare.clear()
+                self._drop(known)
         self._used_before, self._used = self._used, {}
         self._repeats.begin_step()
         self._slot = self._longest
@@ -103,23 +103,42 @@ class Outlet:
             self._recent = {}
         self._about = about
 
+    def shrink(self) -> None:
+        """Lets go of all frames that wait to be used again: from here on, fewer are under way at once."""
+        for alike in self._known.values():
+            for known in alike:
+                self._drop(known)
+
+    def _drop(self, known: _Known) -> None:
+        for frame in known.spare:
+            self._transport.recycle(self._receiver, frame.buffer)
+        known.spare.clear()
+
     def sign(self) -> None:
         """From here on, frames say what the transport's signature says."""
         self._signature = zlib.crc32(self._transport.signature.encode())
         self._plain = self._transport.shard is None and self._signature in self._told
 
     def send(
-        self, kind: Kind, stage: int, microbatch: int, rows: int, leaves: list[Any], spec: TreeSpec | None = None
+        self,
+        kind: Kind,
+        stage: int,
+        microbatch: int,
+        rows: int,
+        leaves: list[Any],
+        spec: TreeSpec | None = None,
+        skips: Skips = (),
     ) -> None:
         """Sends a message and returns at once; the tensors may be changed or freed right after.
 
         Args:
             kind: What it is for.
-            stage: This rank's stage.
+            stage: This rank's stage; of a SKIP its number.
             microbatch: Which micro-batch.
             rows: Rows of the whole step's batch.
             leaves: Tensors and constants, as `message.flatten` gives them.
             spec: Their structure; None for one bare tensor.
+            skips: The table of skips that the stage has said; needs a structure.
 
         Raises:
             TransportError: Something among the leaves cannot travel.
@@ -128,10 +147,10 @@ class Outlet:
         known = self._recent.get((kind, stage))
         if spec is not None:
             # Gradients and values outside of the plan are new each time; so is a message that is one tensor.
-            repeats = kind == Kind.FORWARD and self._transport.shard is None
+            repeats = kind in _REPEATING and self._transport.shard is None
             travels = self._repeats.travels((kind, stage), leaves) if repeats else (0,) * len(leaves)
-            if known is None or not known.fits(leaves, spec, travels):
-                known = self._find(leaves, spec, travels)
+            if known is None or known.layout.skips != skips or not known.fits(leaves, spec, travels):
+                known = self._find(kind, leaves, spec, travels, skips)
             leaves = [
                 leaf
                 for leaf, travel in zip(leaves, travels, strict=True)
@@ -139,13 +158,13 @@ class Outlet:
             ]
             self._recent[kind, stage] = known
         elif known is None or not layouts.is_like(leaves[0], known.only):
-            known = self._recent[kind, stage] = self._find(leaves, None, (0,))
+            known = self._recent[kind, stage] = self._find(kind, leaves, None, (0,))
         self._used[known.number] = known
         length = known.layout.frame_bytes
         if not (self._plain and known.told) or length > self._slot or known.layout.is_cuda:
             self._send_unusual(known, (kind, stage, microbatch), rows, leaves)
             return
-        frame = known.spare.pop() if known.spare else self._new_frame(known.layout)
+        frame = known.spare.pop() if known.spare else self._new_frame(known)
         frame.pack(leaves)
         wire.write_header(frame.memory, (kind, 0, self._signature, stage, microbatch, rows, known.number, 0, length))
         handle = self._start(self._slots, frame.buffer)
@@ -192,7 +211,9 @@ class Outlet:
         """Sends that the other side may not have taken yet."""
         return [handle for sent in (*self._last_values, *self._under_way.values()) for handle in sent.handles]
 
-    def _find(self, leaves: list[Any], spec: TreeSpec | None, travels: tuple[int, ...]) -> _Known:
+    def _find(
+        self, kind: Kind, leaves: list[Any], spec: TreeSpec | None, travels: tuple[int, ...], skips: Skips = ()
+    ) -> _Known:
         """The layout of these leaves; a new one gets a number."""
         transport = self._transport
         keys = tuple(
@@ -200,21 +221,23 @@ class Outlet:
             for leaf, travel in zip(leaves, travels, strict=True)
         )
         exact = tuple(repr(leaf) for leaf in leaves if type(leaf) in layouts.INEXACT)
-        about = (transport.wire_dtype, transport.shard is None, keys, exact)
+        carried = transport.carries(kind, self._receiver)
+        about = (transport.wire_dtype, transport.shard is None, keys, exact, skips, carried)
         for known in self._known.get(about, ()):
             if known.layout.spec == spec:
                 return known
         if self._count == MAX_LAYOUTS:
             self._known, self._recent, self._used, self._count = {}, {}, {}, 0
-        known = _Known(self._count, Layout(spec, tuple(map(layouts.dense, keys)), transport.wire_dtype))
+        layout = Layout(spec, tuple(map(layouts.dense, keys)), transport.wire_dtype, skips)
+        known = _Known(self._count, layout, on_device=carried and layout.is_cuda)
         self._known.setdefault(about, []).append(known)
         self._count += 1
         return known
 
-    def _new_frame(self, layout: Layout) -> Frame:
-        transport = self._transport
+    def _new_frame(self, known: _Known) -> Frame:
+        transport, layout = self._transport, known.layout
         size = 1 if transport.shard is None else transport.shard.size
-        device = transport.device if layout.is_cuda and transport.carries_cuda() else "cpu"
+        device = transport.device if known.on_device else "cpu"
         length = ALIGNMENT + size * layouts.share_bytes(layout, size)
         with torch.inference_mode(False):  # a frame first used under inference mode is used again in training
             if device == "cpu":
@@ -224,7 +247,7 @@ class Outlet:
     def _send_unusual(self, known: _Known, key: Key, rows: int, leaves: list[Tensor]) -> None:
         """Everything but the steady state: something to describe, a long frame, CUDA memory, a tensor group's share."""
         layout, shard = known.layout, self._transport.shard
-        frame = known.spare.pop() if known.spare else self._new_frame(layout)
+        frame = known.spare.pop() if known.spare else self._new_frame(known)
         frame.pack(leaves)
         payload, flags = frame.buffer, 0
         if shard is not None and layout.tensors:

@@ -200,6 +200,10 @@ class DistributedTransport(Transport):
         """True on NCCL."""
         return self._edges is not None
 
+    def is_connected(self, peer: int) -> bool:
+        """Neighbours are, from the start."""
+        return (self.rank - peer) % self.num_ranks in (1, self.num_ranks - 1)
+
     def look(self) -> FailureReport | None:
         """A report that is at the end of a link, in the place of a message that nobody has taken, or on the board."""
         for link in self._receiving.values():

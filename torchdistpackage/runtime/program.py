@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from torchdistpackage.runtime.message import Kind
 from torchdistpackage.schedule import Action, Op, Plan
+from torchdistpackage.schedule.routing import destinations, sources
 
 __all__ = ["Instruction", "Program", "compile_program"]
 
-Key = tuple[int, int, int]  # kind, the sender's stage, micro-batch
+Key = tuple[int, int, int]  # kind, the sender's stage (of a SKIP its number), micro-batch
 
 _BACKWARD_OPS = (Op.BACKWARD, Op.INPUT_GRAD)
 _TO_WEIGHT = (Op.BACKWARD, Op.WEIGHT_GRAD)
@@ -163,9 +164,13 @@ def _proofs(plan: Plan, rank: int) -> dict[Action, tuple[tuple[int, Key], ...]]:
 
         rank 0   0SEND_F0 ------\\                    /--> 0B0: its input was sent after 1F0 had taken 0SEND_F0
         rank 1                   1F0   1B0  1SEND_B0
+
+    A skip counts like a message: an action that has to come before a use has taken all that stands before it, whichever
+    way that is known. So it holds whether or not the values of a skip want gradients, and for a table that has changed.
     """
     proofs: dict[Action, list[tuple[int, Key]]] = defaultdict(list)
     split = {action for action in plan.actions[rank] if action.op is Op.INPUT_GRAD}
+    skips = _OwnSkips.of(plan, rank) if plan.skips else None
     for peer in set(range(plan.placement.num_ranks)) - {rank}:
         unproven: list[tuple[int, Key]] = []
         for action in plan.actions[peer]:
@@ -177,12 +182,60 @@ def _proofs(plan: Plan, rank: int) -> dict[Action, tuple[tuple[int, Key], ...]]:
             elif action.op in (Op.SEND_F, Op.SEND_B) and came_from == rank and unproven:
                 proofs[_use(action, split)].extend(unproven)
                 unproven = []
+            if skips is not None and action.op in (Op.FORWARD, *_BACKWARD_OPS):
+                unproven.extend((peer, key) for key in skips.taken(action))
+                use = skips.use(action, split)
+                if use is not None and unproven:
+                    proofs[use].extend(unproven)
+                    unproven = []
     return {action: tuple(keys) for action, keys in proofs.items()}
+
+
+@dataclass(frozen=True)
+class _OwnSkips:
+    """The skips that join one rank's stages to others.
+
+    Attributes:
+        count: Of all stages.
+        makers: For each stage, the rank's stages that it gets values from, first one first.
+        users: For each stage, the rank's stages that it sends values to, first one first.
+    """
+
+    count: int
+    makers: tuple[tuple[int, ...], ...]
+    users: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, plan: Plan, rank: int) -> _OwnSkips:
+        """Looks them up once."""
+        owners, count = plan.placement.owners, plan.placement.num_stages
+        makers, users = (
+            tuple(tuple(other for other in far(plan.skips, stage) if owners[other] == rank) for stage in range(count))
+            for far in (sources, destinations)
+        )
+        return cls(count, makers, users)
+
+    def taken(self, action: Action) -> list[Key]:
+        """The rank's messages that an action of another rank takes."""
+        stage, op, i = action
+        far = self.makers[stage] if op is Op.FORWARD else self.users[stage]
+        return [(int(Kind.SKIP), other * self.count + stage, i or 0) for other in far]
+
+    def use(self, action: Action, split: set[Action]) -> Action | None:
+        """The rank's first action that an action of another rank sends something to past the neighbours."""
+        stage, op, i = action
+        if op is Op.FORWARD:
+            return Action(self.users[stage][0], Op.FORWARD, i) if self.users[stage] else None
+        return _backward(self.makers[stage][-1], i, split) if self.makers[stage] else None
 
 
 def _use(send: Action, split: set[Action]) -> Action:
     """The compute action that takes what was sent."""
     if send.op is Op.SEND_F:
         return Action(send.stage + 1, Op.FORWARD, send.microbatch)
-    half = Action(send.stage - 1, Op.INPUT_GRAD, send.microbatch)
+    return _backward(send.stage - 1, send.microbatch, split)
+
+
+def _backward(stage: int, microbatch: int | None, split: set[Action]) -> Action:
+    half = Action(stage, Op.INPUT_GRAD, microbatch)
     return half if half in split else half._replace(op=Op.BACKWARD)

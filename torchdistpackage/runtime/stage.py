@@ -5,6 +5,7 @@ Knows autograd, knows no rank: what comes in and goes out are messages, who carr
 ::
 
     message -> leaves -> fwd_fn(argument) -> output, which leaves     saved[i] = leaves, where the backward begins
+    several messages -> ... -> Routed: values for several stages        the same, roots by destination, last one first
     gradients of the roots -> backward -> gradients of the leaves     saved[i] is taken
     or in two halves: -> backward_input -> gradients of the leaves    saved[i] is taken, waiting[i] = nodes
                          backward_weight                              waiting[i] is taken
@@ -12,7 +13,7 @@ Knows autograd, knows no rank: what comes in and goes out are messages, who carr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, final
 
@@ -34,10 +35,12 @@ from torchdistpackage.runtime.backward import (
 )
 from torchdistpackage.runtime.message import Message, flatten
 from torchdistpackage.runtime.weight_grad import PutOff, find_cut
+from torchdistpackage.schedule.routing import Routed, Skips
 
 __all__ = ["ForwardFn", "GradientReducer", "Output", "Stage"]
 
 ForwardFn = Callable[[Any], Any]
+Gradients = list[Tensor | None] | dict[int, list[Tensor | None]] | None  # by destination where a Routed was returned
 
 
 class GradientReducer(Protocol):
@@ -70,6 +73,7 @@ class Output(NamedTuple):
 
     leaves: list[Any]
     spec: TreeSpec | None
+    skips: Skips = ()
 
 
 class _Saved(NamedTuple):
@@ -78,6 +82,7 @@ class _Saved(NamedTuple):
     leaves: list[Tensor]
     roots: list[GradientEdge]
     output: Any  # on the last stage the loss; elsewhere only where somebody will ask for it
+    routed: bool = False
 
 
 class _Waiting(NamedTuple):
@@ -127,7 +132,14 @@ class Stage:
         self._waiting.clear()
 
     def forward(
-        self, microbatch: int, message: Message | None, own: list[Any], *, only: bool = False, last: bool = False
+        self,
+        microbatch: int,
+        message: Message | None,
+        own: list[Any],
+        *,
+        far: Sequence[Message] = (),
+        only: bool = False,
+        last: bool = False,
     ) -> Any:
         """Runs the user's function on one micro-batch.
 
@@ -135,6 +147,7 @@ class Stage:
             microbatch: Which one.
             message: From the stage before; None on the first stage.
             own: This stage's slices of its own inputs.
+            far: From stages further before, first one first; the function gets their values in front of the others.
             only: Whether this is the one micro-batch of the step that has rows: data-parallel wrappers then work as
                 they are.
             last: Whether its backward will be the stage's last one of the step.
@@ -147,7 +160,8 @@ class Stage:
         """
         leaves: list[Tensor] = []
         aliases: list[Tensor] = []
-        arguments = own if message is None else [*_received(message, leaves, aliases), *own]
+        came = [value for each in far for value in _received(each, leaves, aliases)] if far else []
+        arguments = own if message is None else [*came, *_received(message, leaves, aliases), *own]
         argument = arguments[0] if len(arguments) == 1 else arguments
         if self.reducer is not None and not self._watched and not only:
             self._watched = True
@@ -174,7 +188,7 @@ class Stage:
         Raises:
             PipelineError: The stage is compiled.
         """
-        if is_compiled([leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]):
+        if is_compiled([leaf for leaf in flatten(_values(output))[0] if isinstance(leaf, Tensor)]):
             raise PipelineError(
                 f"stage {self.index} is compiled by torch.compile, whose backward runs as a whole, and schedule "
                 f"{schedule!r} runs every backward in two halves. Choose a schedule with whole backwards (1f1b, "
@@ -195,14 +209,34 @@ class Stage:
                 )
         return Output(leaves, spec)
 
-    def backward(
-        self, microbatch: int, gradients: list[Tensor | None] | None, weight: float, *, last: bool
-    ) -> list[Tensor | None]:
+    def flatten_routed(self, microbatch: int, output: Routed, skips: Skips) -> dict[int, Output]:
+        """The same for values that go to several stages, by stage, the last one first; `skips` is the table to say on.
+
+        The roots stand in this order, too: where one tensor goes to several stages, the plain loop adds the gradient of
+        its last user first. A tensor has one beginning, however often it is sent: two would be added in another order.
+        """
+        found: dict[int, Output] = {}
+        begins: dict[int, GradientEdge] = {}
+        roots: list[GradientEdge] = []
+        for to in sorted({*output.values, self.index + 1}, reverse=True):
+            leaves, spec = flatten(tuple(output.values.get(to, ())))
+            found[to] = Output(leaves, spec, skips if to == self.index + 1 else ())
+            for leaf in leaves if self._training else ():
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    if id(leaf) not in begins:
+                        begins[id(leaf)] = beginning(leaf)
+                    roots.append(begins[id(leaf)])
+        if self._training:
+            self._saved[microbatch] = self._saved[microbatch]._replace(roots=roots, routed=True)
+        return found
+
+    def backward(self, microbatch: int, gradients: Gradients, weight: float, *, last: bool) -> list[Tensor | None]:
         """Runs the backward of one micro-batch.
 
         Args:
             microbatch: Which one; its forward has run.
-            gradients: Gradients of the tensors that were sent on; None on the last stage.
+            gradients: Gradients of the tensors that were sent on; None on the last stage. By destination, the last one
+                first, if the stage returned a `Routed`.
             weight: What the micro-batch counts in the loss.
             last: Whether no further backward of this stage follows in the step.
 
@@ -216,10 +250,10 @@ class Stage:
         if last:
             self._arm(saved.output, None)
         self._run_whole(saved, gradients, weight)
-        return self._input_gradients(saved.leaves)
+        return self._input_gradients(saved)
 
     def backward_input(
-        self, microbatch: int, gradients: list[Tensor | None] | None, weight: float, *, last: bool
+        self, microbatch: int, gradients: Gradients, weight: float, *, last: bool
     ) -> list[Tensor | None]:
         """Runs the half of the backward that other stages wait for; arguments, result and errors as of `backward`.
 
@@ -240,7 +274,7 @@ class Stage:
         if reason is not None:
             self._waiting[microbatch] = _Waiting([], None, output)
             self.unsplit.append(reason)
-        return self._input_gradients(saved.leaves)
+        return self._input_gradients(saved)
 
     def backward_weight(self, microbatch: int, *, last: bool) -> None:
         """Runs the other half: accumulates the gradients of the weights.
@@ -260,6 +294,9 @@ class Stage:
 
     def _run_input_half(self, microbatch: int, saved: _Saved, roots: Roots, output: Any) -> str | None:
         """Returns the reason if it had to run the whole backward."""
+        if not roots.tensors:  # no later stage made use of what this one sent: there is nothing to run
+            self._waiting[microbatch] = _Waiting([], None, output)
+            return None
         cut = find_cut(roots.tensors, saved.leaves)
         if isinstance(cut, str):
             run_backward(roots)
@@ -271,27 +308,35 @@ class Stage:
         self._waiting[microbatch] = _Waiting(cut.put_off, None, output)
         return None
 
-    def _run_whole(self, saved: _Saved, gradients: list[Tensor | None] | None, weight: float) -> None:
+    def _run_whole(self, saved: _Saved, gradients: Gradients, weight: float) -> None:
         custom, output = self._backward_fn, saved.output
         if custom is None:
             run_backward(self._roots(saved, gradients, weight))
         elif self.is_last:
             custom(weighted_loss(output, weight), None)
+        elif isinstance(gradients, dict):
+            if any(gradients.values()):
+                custom(output, gradients)
         elif gradients:
             custom(output, gradients[0] if isinstance(output, Tensor) else list(gradients))
 
-    def _roots(self, saved: _Saved, gradients: list[Tensor | None] | None, weight: float) -> Roots:
-        return loss_root(saved.output, weight) if self.is_last else pairs(saved.roots, gradients or [])
+    def _roots(self, saved: _Saved, gradients: Gradients, weight: float) -> Roots:
+        if self.is_last:
+            return loss_root(saved.output, weight)
+        if isinstance(gradients, dict):
+            gradients = [gradient for each in gradients.values() for gradient in each]
+        return pairs(saved.roots, gradients or [])
 
     def _arm(self, output: Any, parameters: frozenset[int] | None) -> None:
         if self._watched and self.reducer is not None:
-            self.reducer.arm(output, parameters)
+            self.reducer.arm(_values(output), parameters)
 
-    def _input_gradients(self, leaves: list[Tensor]) -> list[Tensor | None]:
-        if not leaves:
+    def _input_gradients(self, saved: _Saved) -> list[Tensor | None]:
+        if not saved.leaves:
             return []
-        result = [leaf.grad for leaf in leaves]
-        if all(gradient is None for gradient in result):
+        result = [leaf.grad for leaf in saved.leaves]
+        # Where values have several ways to the loss, a stage on one of them may well have no gradient to give.
+        if not saved.routed and all(gradient is None for gradient in result):
             raise PipelineError(
                 f"the backward of stage {self.index} gave its input no gradient: the stages before it would never be "
                 "trained. Does the stage detach its input? If that is meant, detach the output of the stage before, "
@@ -302,6 +347,11 @@ class Stage:
 
 def _no_step(_: Any) -> Any:
     raise AssertionError("a stage runs outside of a step")
+
+
+def _values(output: Any) -> Any:
+    """An output as a pytree, which a `Routed` is not."""
+    return dict(output.values) if type(output) is Routed else output
 
 
 def _received(message: Message, leaves: list[Tensor], aliases: list[Tensor]) -> list[Any]:

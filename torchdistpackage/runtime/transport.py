@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError
-from torchdistpackage.runtime.edge import Handle, Mover
+from torchdistpackage.runtime.edge import Handle, Key, Mover
 from torchdistpackage.runtime.failure import ConnectionLost, FailureReport, NotWhole, RemoteFailure, Stalled, is_torn
 from torchdistpackage.runtime.inlet import Inlet
 from torchdistpackage.runtime.message import Kind
@@ -63,6 +63,7 @@ class Transport(ABC):
         watchdog: Watches this rank from beside; None if nobody does. Several transports of one rank share it.
         watch: What it sees.
         companions: The rank's transports to others than its pipeline; its failures go there, too.
+        partners: Ranks beside its neighbours that may wait for this one: they are told of a failure, too.
         timeout: Seconds after which a wait is given up.
         kind: What the ranks are together, for messages to people.
     """
@@ -84,6 +85,7 @@ class Transport(ABC):
         self.watchdog = watchdog
         self.watch = Watch() if watchdog is None else watchdog.watch
         self.companions: list[Transport] = []
+        self.partners: set[int] = set()
         self.timeout = timeout
         self._broken: PipelineError | None = None
         self._others_know = False
@@ -111,6 +113,18 @@ class Transport(ABC):
     @abstractmethod
     def carries_cuda(self) -> bool:
         """Whether bulk buffers may live on a CUDA device (NCCL); otherwise CUDA tensors are staged through the host."""
+
+    def is_connected(self, peer: int) -> bool:
+        """Whether CUDA memory may go to and from that rank at once, without both hosts coming together for it first."""
+        return True
+
+    def carries(self, kind: int, peer: int) -> bool:
+        """Whether CUDA tensors of a message stay on the device on their way.
+
+        Skips may join any two ranks. Two ranks that NCCL has not connected yet wait for each other's host, which no
+        plan is proved for: their tensors are staged through the hosts' memory.
+        """
+        return self.carries_cuda() and (kind != Kind.SKIP or self.is_connected(peer))
 
     def allocate(self, receiver: int, length: int) -> Tensor:
         """Host memory for a frame to that rank: a place from which its stream can take it with the fewest copies."""
@@ -162,6 +176,17 @@ class Transport(ABC):
             outlet = self._outlets[receiver] = Outlet(self, receiver)
             outlet.begin_step()
         return outlet
+
+    def release(self, receiver: int, key: Key) -> None:
+        """Takes back the memory of a message that a rank has provably taken, if there was one."""
+        outlet = self._outlets.get(receiver)
+        if outlet is not None:
+            outlet.release(key)
+
+    def shrink(self) -> None:
+        """Comes between steps: lets go of the memory of frames that are not under way."""
+        for outlet in self._outlets.values():
+            outlet.shrink()
 
     def inlet(self, sender: int) -> Inlet:
         """The receiving end of the edge from another rank."""
@@ -341,7 +366,7 @@ class Transport(ABC):
     def abort(self, report: FailureReport) -> None:
         """Tells every neighbour and forgets all edges; in the next epoch the next step is clean."""
         neighbours = {(self.rank - 1) % self.num_ranks, (self.rank + 1) % self.num_ranks} - {self.rank}
-        for peer in neighbours | self._outlets.keys() | self._inlets.keys():
+        for peer in neighbours | self.partners | self._outlets.keys() | self._inlets.keys():
             try:
                 outlet = self.outlet(peer)
                 outlet.send_failure(report)

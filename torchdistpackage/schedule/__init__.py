@@ -17,6 +17,7 @@ from torchdistpackage.schedule.lowering import (
 from torchdistpackage.schedule.placement import Placement
 from torchdistpackage.schedule.plan import Plan
 from torchdistpackage.schedule.registry import ScheduleFacts, build, canonical_name, complete, describe, names, outline
+from torchdistpackage.schedule.routing import Routed
 from torchdistpackage.schedule.simulate import CostModel, simulate
 from torchdistpackage.schedule.timeline import Span, Timeline
 from torchdistpackage.schedule.verify import peak_activations, verify
@@ -27,6 +28,7 @@ __all__ = [
     "Op",
     "Placement",
     "Plan",
+    "Routed",
     "ScheduleFacts",
     "Span",
     "Timeline",

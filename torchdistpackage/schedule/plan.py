@@ -8,7 +8,8 @@ and printed when something fails. As text, 1F1B on two ranks with three micro-ba
 
 As CSV the same without the names: one line a rank, one cell an action, empty cells allowed. The files that
 `torch.distributed.pipelining` writes read as they are: an overlapped pair `(2F1;5B0)OVERLAP_F_B` is its two actions in
-that order, and what torch notes of sharding and of waiting has no counterpart here.
+that order, and what torch notes of sharding and of waiting has no counterpart here. Skips belong to the model's cut,
+not to the order of actions: they are in neither.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from functools import cached_property
 from torchdistpackage.errors import ScheduleError
 from torchdistpackage.schedule.action import Action, Op
 from torchdistpackage.schedule.placement import Placement
+from torchdistpackage.schedule.routing import Skips, check_skips, skips_of
 
 __all__ = ["Plan"]
 
@@ -43,6 +45,9 @@ class Plan:
         placement: Which rank owns which stage.
         num_microbatches: m, the micro-batches of one step.
         actions: For every rank, what it does, in order.
+        skips: Every (from, to) of stages over which values go past the stages between, sorted; see `routing.py`.
+            No action stands for them: they leave right behind the forward (a gradient: the backward) that makes them,
+            and are taken right before the one that uses them.
 
     Example:
         >>> plan = Plan.from_text("rank 0: 0F0 0B0\nrank 1: 1F0 1B0", name="mine")
@@ -56,6 +61,7 @@ class Plan:
     placement: Placement
     num_microbatches: int
     actions: ActionLists
+    skips: Skips = ()
 
     def __hash__(self) -> int:
         # Two plans of one name and size are almost always the same object: hashing 100,000 actions buys nothing.
@@ -90,11 +96,29 @@ class Plan:
         return (
             f"schedule {self.name!r}, {kind}, {self.num_microbatches} micro-batches, {self.placement.num_ranks} ranks, "
             f"{self.placement.num_stages} stages, checksum {self.fingerprint:08x}"
+            + (f", skips {', '.join(f'{a}>{b}' for a, b in self.skips)}" if self.skips else "")
         )
 
     def with_actions(self, actions: Iterable[Iterable[Action]]) -> Plan:
         """The same plan with other action lists: what every pass of `lowering.py` returns."""
         return replace(self, actions=tuple(map(tuple, actions)))
+
+    def with_skips(self, skips: Iterable[Iterable[int]]) -> Plan:
+        r"""The same plan for a model with skips; an empty table takes them away.
+
+        Args:
+            skips: Pairs (from, to) of stages with to > from + 1.
+
+        Raises:
+            ScheduleError: The table does not fit the plan's stages.
+
+        Example:
+            >>> Plan.from_text("0F0\n1F0\n2F0").with_skips([(0, 2)]).skips
+            ((0, 2),)
+        """
+        table = skips_of(skips)
+        check_skips(table, self.placement.num_stages)
+        return self if table == self.skips else replace(self, skips=table)
 
     def to_text(self, *, mark: tuple[int, int] | None = None, window: int | None = None) -> str:
         """One line a rank.

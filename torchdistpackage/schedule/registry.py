@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +28,7 @@ from torchdistpackage.schedule.recipes.one_f_one_b import one_f_one_b
 from torchdistpackage.schedule.recipes.pattern import hanayo, pattern, v_half, v_min
 from torchdistpackage.schedule.recipes.zero_bubble import zero_bubble_h1, zero_bubble_h2
 from torchdistpackage.schedule.recipes.zero_bubble_v import zero_bubble_v
+from torchdistpackage.schedule.routing import Skips, skips_of
 from torchdistpackage.schedule.verify import verify
 
 __all__ = ["ScheduleFacts", "build", "canonical_name", "complete", "describe", "names", "outline"]
@@ -251,6 +252,7 @@ def build(
     *,
     forward_only: bool = False,
     chunks: int | None = None,
+    skips: Iterable[Iterable[int]] = (),
     **options: Any,
 ) -> Plan:
     """Builds, lowers and proves a plan; cached, so that a step pays a dictionary look-up.
@@ -261,6 +263,7 @@ def build(
         num_microbatches: Micro-batches of a step, m >= 1; m < p is fine.
         forward_only: Leave out every backward (evaluation).
         chunks: Stages a rank, v; the schedule's own number when not given.
+        skips: Pairs (from, to) of stages over which values go past the stages between; see `routing.py`.
         **options: What else the recipe takes, such as `group_size` of the interleaved ones, or `offsets` and `period`
             of `"pattern"`; values are hashable.
 
@@ -268,7 +271,8 @@ def build(
         A plan with communication, and in training with `REDUCE_GRAD`.
 
     Raises:
-        ScheduleError: Unknown name or option, a size below 1, or a number of chunks that the schedule does not have.
+        ScheduleError: Unknown name or option, a size below 1, a number of chunks that the schedule does not have, or a
+            skip that does not fit the stages.
 
     Example:
         >>> print(build("1f1b", 2, 2).to_text())
@@ -278,7 +282,10 @@ def build(
         (0, 1, 0, 1, 0, 1)
     """
     spelled, count = _checked(name, num_ranks, num_microbatches, chunks, options)
-    return _build(spelled, num_ranks, num_microbatches, bool(forward_only), count, tuple(sorted(options.items())))
+    given = tuple(sorted(options.items()))
+    # An empty tuple, the usual case, is its own spelling: a step pays no sorting.
+    table = skips_of(skips) if skips != () else ()
+    return _build(spelled, num_ranks, num_microbatches, bool(forward_only), count, given, table)
 
 
 def outline(name: str, num_ranks: int, num_microbatches: int, *, chunks: int | None = None, **options: Any) -> Plan:
@@ -330,9 +337,11 @@ def _options_of(recipe: Callable[..., Any]) -> frozenset[str]:
 
 
 @lru_cache(maxsize=64)
-def _build(name: str, p: int, m: int, evaluation: bool, chunks: int, options: tuple[tuple[str, Any], ...]) -> Plan:
+def _build(
+    name: str, p: int, m: int, evaluation: bool, chunks: int, options: tuple[tuple[str, Any], ...], skips: Skips
+) -> Plan:
     with _collecting_later():
-        plan = _lower(_outline(name, p, m, chunks, options), evaluation)
+        plan = _lower(_outline(name, p, m, chunks, options), evaluation).with_skips(skips)
         verify(plan)
     return plan
 

@@ -8,6 +8,8 @@
     rank 1 | . .  1F0  1B0-----  1F1  1B1-----                 1F0 starts at 1.5
 
 Messages take time on the way and none of the ranks' time; the memory of a rank is what the order of its own list says.
+With skips (`routing.py`) an input has come when the last of its messages has; a slower core of its own plays those
+plans, so that the others do not pay for it.
 The core works on numbers: an action is one index, (kind, stage, micro-batch) -> `(kind * stages + stage) * m + i`, so
 that a plan of 200,000 actions is timed in about 0.2 s. `planner.py` and `refill.py` search with the core; `Timeline` is
 built for people only. Neighbours: `plan.py` says in which order, `bounds.py` says how fast it could be.
@@ -26,6 +28,7 @@ from torchdistpackage.errors import ScheduleError
 from torchdistpackage.schedule.action import Action, Op
 from torchdistpackage.schedule.placement import Placement
 from torchdistpackage.schedule.plan import Plan
+from torchdistpackage.schedule.routing import Skips
 from torchdistpackage.schedule.timeline import Span, Timeline
 from torchdistpackage.schedule.verify import verify
 
@@ -52,6 +55,8 @@ class CostModel:
         activation_bytes: What a stage holds of a micro-batch, from F to its last backward (B or W); 1 if not given.
         static_bytes: What a stage holds all the time: weights, gradients, optimizer; 0 if not given.
         unit: Of all times: `"s"`, or `""` for none.
+        skip_hop: (from, to, time) of the message over a skip; one that is not in here takes the latency `hop` of the
+            boundary behind its first stage. Within one rank it costs nothing.
 
     Raises:
         ScheduleError: Lengths differ, or a number is negative or not finite.
@@ -72,6 +77,7 @@ class CostModel:
     activation_bytes: tuple[float, ...] | None = None
     static_bytes: tuple[float, ...] | None = None
     unit: str = ""
+    skip_hop: tuple[tuple[int, int, float], ...] | None = None
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
@@ -86,6 +92,11 @@ class CostModel:
             raise ScheduleError("message_bytes and bandwidth belong together; pass both, or put the whole time in hop")
         if self.bandwidth is not None and not self.bandwidth > 0:
             raise ScheduleError(f"bandwidth must be above 0 bytes per unit of time, got {self.bandwidth}")
+        for entry in self.skip_hop or ():
+            if len(entry) != 3 or not 0 <= entry[0] < entry[1] - 1 < stages - 1 or not 0 <= entry[2] < math.inf:
+                raise ScheduleError(
+                    f"skip_hop has {entry}; an entry is (from, to, time), from + 1 < to < {stages} stages, time >= 0"
+                )
 
     @classmethod
     def uniform(
@@ -149,10 +160,13 @@ class CostModel:
     @cached_property
     def hops(self) -> tuple[float, ...]:
         """Time of a message between two ranks over each boundary: latency and bytes."""
-        latency = self.hop if isinstance(self.hop, tuple) else (self.hop,) * (self.num_stages - 1)
         if self.message_bytes is None or self.bandwidth is None:
-            return latency
-        return tuple(a + size / self.bandwidth for a, size in zip(latency, self.message_bytes, strict=True))
+            return self._latency
+        return tuple(a + size / self.bandwidth for a, size in zip(self._latency, self.message_bytes, strict=True))
+
+    @property
+    def _latency(self) -> tuple[float, ...]:
+        return self.hop if isinstance(self.hop, tuple) else (self.hop,) * (self.num_stages - 1)
 
     @cached_property
     def activations(self) -> tuple[float, ...]:
@@ -162,6 +176,12 @@ class CostModel:
     def hops_on(self, placement: Placement) -> tuple[float, ...]:
         """Time of a message over each boundary where two stages meet as `placement` says: 0 within one rank."""
         return tuple(0.0 if a == b else hop for hop, (a, b) in zip(self.hops, pairwise(placement.owners), strict=True))
+
+    def skip_hops_on(self, placement: Placement, skips: Skips) -> dict[tuple[int, int], float]:
+        """Time of a message over each skip, the same in both directions: 0 within one rank."""
+        known = {(a, b): time for a, b, time in self.skip_hop or ()}
+        within = {(a, b): 0.0 for a, b in skips if placement.owner(a) == placement.owner(b)}
+        return {(a, b): known.get((a, b), self._latency[a]) for a, b in skips} | within
 
     def static_on(self, placement: Placement) -> tuple[float, ...]:
         """Bytes that each rank holds all the time."""
@@ -204,7 +224,8 @@ def simulate(plan: Plan, costs: CostModel) -> Timeline:
     _check_stages(plan.placement, costs)
     clock = Clock.of(costs, plan.placement, plan.num_microbatches)
     rows = encode(plan)
-    arrivals = clock.play(rows)
+    hops = costs.skip_hops_on(plan.placement, plan.skips)
+    arrivals = play_with_skips(clock, rows, hops) if hops else clock.play(rows)
     if arrivals is None:
         verify(plan)
         raise AssertionError("a plan that the judge accepts has been stuck")
@@ -341,3 +362,39 @@ class Clock:
         count, stages = self.count, self.placement.num_stages
         table = [(k % stages, KINDS[k // stages]) for k in range(len(self.cost))]
         return [_new(Action, (*table[code // count], code % count)) for code in row]
+
+
+def play_with_skips(clock: Clock, rows: Rows, hops: dict[tuple[int, int], float]) -> list[float] | None:
+    """`Clock.play` for inputs that come in several messages: counts those that are missing. About 2 us an action."""
+    count, stages = clock.count, clock.placement.num_stages
+    cells = stages * count
+    missing = [0] * count + [1] * (2 * cells - count) + [0] * (2 * cells)
+    after: list[list[tuple[int, float]]] = [[(clock.step[k], clock.hop[k])] for k in range(4 * stages)]
+    for (a, b), hop in hops.items():
+        after[a].append(((b - a) * count, hop))
+        after[stages + b].append(((a - b) * count, hop))  # I, and B as I
+        after[2 * stages + b].append(((a - b) * count - cells, hop))
+        for i in range(count):
+            missing[b * count + i] += 1
+            missing[cells + a * count + i] += 1
+    arrivals, waiting = [0.0] * (4 * cells), {}
+    times, places, runnable = [0.0] * len(rows), [0] * len(rows), list(reversed(range(len(rows))))
+    while runnable:
+        rank = runnable.pop()
+        t, row = times[rank], rows[rank]
+        while places[rank] < len(row):
+            code = row[places[rank]]
+            k = code // count
+            at = code + clock.need[k]
+            if missing[at]:
+                waiting[at] = rank
+                break
+            t = max(t, arrivals[at]) + clock.cost[k]
+            for step, hop in after[k]:
+                to = code + step
+                arrivals[to], missing[to] = max(arrivals[to], t + hop), missing[to] - 1
+                if not missing[to] and to in waiting:
+                    runnable.append(waiting.pop(to))
+            places[rank] += 1
+        times[rank] = t
+    return None if waiting else arrivals

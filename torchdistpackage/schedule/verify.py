@@ -14,6 +14,12 @@ actions is proved in about half a second::
     0F0 makes the fact  FORWARD(0, 0)         1F0 needs it (or RECV_F(1, 0), if ranks exchange messages)
     1B0 and 1I0 make    INPUT_GRAD(1, 0)      0B0 and 0I0 need it (or RECV_B(0, 0))
 
+Skips (values that go past stages, see `routing.py`) have no actions of their own. With a skip from a to b, F of b needs
+what F of a made, and B of a needs the gradient that B of b made. Lemma: a plan that is right without skips is right
+with any. F of b needs F of b - 1, which needs F of b - 2, and so on down to a, and B of a in the same way B of b: what
+a skip asks for has been made before what the neighbour sends. Sends do not wait, so that no rank comes to wait for what
+the chain of neighbours does not wait for. Where a plan has skips it is played all the same.
+
 Cost: once per distinct plan, about 1 us an action.
 """
 
@@ -26,6 +32,7 @@ from torchdistpackage.errors import DeadlockError, ScheduleError
 from torchdistpackage.schedule.action import Action, Op
 from torchdistpackage.schedule.lowering import neighbours
 from torchdistpackage.schedule.plan import Plan
+from torchdistpackage.schedule.routing import check_skips, destinations, sources
 
 __all__ = ["peak_activations", "verify"]
 
@@ -53,6 +60,7 @@ def verify(plan: Plan, *, max_activations: int | None = None) -> None:
         torchdistpackage.errors.ScheduleError: rank 0 reaches 0B0 before 0F0, which stands later in its own list
         rank 0: >>0B0<< 0F0
     """
+    check_skips(plan.skips, plan.placement.num_stages)
     _check_complete(plan)
     if plan.has_communication:
         _check_edges(plan)
@@ -223,12 +231,32 @@ def _needs(plan: Plan, row: tuple[Action, ...]) -> _Needs:
     return _Needs(makes, also, first, second)
 
 
+def _needs_of_skips(plan: Plan, row: tuple[Action, ...], table: _Needs) -> _Needs:
+    """The same with an entry for each skip in front of the action that uses it: needs its value, makes nothing (-1)."""
+    count, grad = plan.num_microbatches, _INPUT_GRAD * plan.placement.num_stages * plan.num_microbatches
+    found = _Needs([], [], [], [])
+    for (stage, op, i), *entry in zip(row, *table, strict=True):
+        extra: list[int] = []
+        if op is Op.FORWARD:
+            extra = [source * count + (i or 0) for source in sources(plan.skips, stage)]
+        elif op in (Op.BACKWARD, Op.INPUT_GRAD):
+            extra = [grad + user * count + (i or 0) for user in destinations(plan.skips, stage)]
+        for fact in extra:
+            for column, value in zip(found, (-1, -1, fact, -1), strict=True):
+                column.append(value)
+        for column, value in zip(found, entry, strict=True):
+            column.append(value)
+    return found
+
+
 def _play(plan: Plan) -> None:
     """Runs all ranks as far as they go; whoever is left is stuck."""
     cells = plan.placement.num_stages * plan.num_microbatches
     done = bytearray(8 * cells + 1)
     done[-1] = 1  # index -1, "needs nothing", is a fact
     tables = [_needs(plan, row) for row in plan.actions]
+    if plan.skips:
+        tables = [_needs_of_skips(plan, row, table) for row, table in zip(plan.actions, tables, strict=True)]
     position = [0] * len(plan.actions)
     waiting: dict[int, list[int]] = {}  # missing fact -> ranks that stopped there
     runnable = list(range(len(plan.actions)))
@@ -253,6 +281,8 @@ def _play(plan: Plan) -> None:
         position[rank] = at
     if waiting:
         stuck = {rank: _name(plan, fact) for fact, ranks in waiting.items() for rank in ranks}
+        if plan.skips:  # entries that only need something are no actions
+            position = [sum(fact >= 0 for fact in table.makes[:at]) for table, at in zip(tables, position, strict=True)]
         _raise_stuck(plan, position, stuck)
 
 
