@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchdistpackage.errors import SplitError
-from torchdistpackage.split.boundaries import balanced_boundaries, uniform_boundaries, uniform_sizes
+from torchdistpackage.split.boundaries import (
+    balanced_boundaries,
+    boundaries_of_sizes,
+    load_balance,
+    uniform_boundaries,
+    uniform_sizes,
+)
 
 
 def all_cuts(num_layers: int, num_stages: int) -> list[tuple[int, ...]]:
@@ -144,3 +150,32 @@ def test_fewer_layers_than_stages_says_both_numbers_and_what_to_try() -> None:
 def test_no_stages(num_stages: int) -> None:
     with pytest.raises(SplitError, match=r"num_stages must be 1 or more"):
         uniform_sizes(3, num_stages)
+
+
+def test_explicit_sizes() -> None:
+    assert boundaries_of_sizes([3, 2, 3], 8) == (0, 3, 5, 8)
+    assert boundaries_of_sizes([0, 3, 0], 3, allow_empty=True) == (0, 0, 3, 3)
+    with pytest.raises(SplitError, match=r"\[3, 2\] add up to 5, but there are 8 layers"):
+        boundaries_of_sizes([3, 2], 8)
+    with pytest.raises(SplitError, match=r"stage 1 has size -1"):
+        boundaries_of_sizes([3, -1], 2, allow_empty=True)
+    with pytest.raises(SplitError, match=r"stage 1 of sizes \[3, 0, 1\] has no layer; use 2 stages"):
+        boundaries_of_sizes([3, 0, 1], 4)
+    with pytest.raises(SplitError, match=r"stage 0 has size 1.5"):
+        boundaries_of_sizes([1.5, 1.5], 3)  # type: ignore[list-item]
+
+
+@given(rows)
+def test_the_balance_of_a_cut(row: tuple[list[int], int]) -> None:
+    costs, num_stages = row
+    balance = load_balance(costs, balanced_boundaries(costs, num_stages))
+    assert balance.worst == max(balance.loads) == min(worst(costs, cut)[0] for cut in all_cuts(len(costs), num_stages))
+    assert sum(balance.loads) == sum(costs) == pytest.approx(balance.mean * num_stages)
+    assert balance.imbalance == pytest.approx(balance.worst / balance.mean - 1 if balance.mean else 0)
+
+
+def test_the_balance_of_what_is_no_cut() -> None:
+    assert load_balance([1, 1], (0, 0, 2)).loads == (0, 2)
+    for cut in [(0, 3), (1, 2), (0,), (0, 2, 1, 2)]:
+        with pytest.raises(SplitError, match=r"do not cut 2 layers"):
+            load_balance([1, 1], cut)

@@ -1,27 +1,36 @@
-"""What each layer of a row costs: parameters, FLOPs, measured time, and the bytes that cross a cut after it.
+"""What layers cost: parameters, FLOPs, measured time, saved activations, and the bytes that cross a cut.
 
-The numbers go to `boundaries.balanced_boundaries` and to the planner's cost model. Layers run one after the other, each
-on the output of the one before, as in `nn.Sequential`. Counting disturbs nothing: training flags, buffers (the running
+The numbers go to `boundaries.balanced_boundaries` and to the planner's cost model. The functions here take a row:
+layers that run one after the other, each on the output of the one before, as in `nn.Sequential`; `call_cost`, which
+comes from `calls.py`, takes one call of anything. Counting a row disturbs nothing: training flags, buffers (the running
 statistics of batch norm), `.grad` and the random number generators are afterwards what they were before.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.split.calls import Call, CallCost, call_cost, check_repeats, tensors_in, undisturbed
 
-__all__ = ["CostName", "cut_bytes", "flop_counts", "layer_costs", "measured_times", "parameter_counts"]
+__all__ = [
+    "CallCost",
+    "CostName",
+    "call_cost",
+    "cut_bytes",
+    "flop_counts",
+    "layer_costs",
+    "measured_times",
+    "parameter_counts",
+    "undisturbed",
+]
 
 CostName: TypeAlias = Literal["parameters", "flops", "time"]
 
@@ -60,7 +69,7 @@ def flop_counts(layers: Sequence[nn.Module], example_input: Any) -> tuple[int, .
         (48, 0, 16)
     """
     counts: list[int] = []
-    with _undisturbed(layers, example_input), torch.no_grad():
+    with undisturbed(layers, example_input), torch.no_grad():
         value = _own(example_input)
         for number, layer in enumerate(layers):
             layer.eval()
@@ -89,17 +98,17 @@ def cut_bytes(layers: Sequence[nn.Module], example_input: Any) -> tuple[int, ...
         (32, 32)
     """
     sizes: list[int] = []
-    with _undisturbed(layers, example_input), torch.no_grad():
+    with undisturbed(layers, example_input), torch.no_grad():
         value = _own(example_input)
         for number, layer in enumerate(layers[:-1]):
             layer.eval()
             value = _run(layer, value, number)
-            sizes.append(sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)))
+            sizes.append(sum(tensor.nbytes for tensor in tensors_in(value)))
     return tuple(sizes)
 
 
 def measured_times(layers: Sequence[nn.Module], example_input: Any, repeats: int = 3) -> tuple[float, ...]:
-    """Seconds that each layer takes for a forward and a backward pass here and now: the median of the repeats.
+    """Seconds that each layer takes for a forward and a backward pass here and now: the medians of the repeats.
 
     Layers run in the mode they are in. On CUDA the device is waited for before each reading of the clock. One run
     before the first measurement is not counted: it allocates and chooses kernels.
@@ -117,15 +126,15 @@ def measured_times(layers: Sequence[nn.Module], example_input: Any, repeats: int
         >>> len(times), min(times) > 0
         (2, True)
     """
-    if repeats < 1:
-        raise SplitError(f"repeats must be 1 or more, got {repeats}")
+    check_repeats(repeats)
     medians: list[float] = []
-    with _undisturbed(layers, example_input):
+    with undisturbed(layers, example_input):
         value = _own(example_input)
         for number, layer in enumerate(layers):
-            runs = [_time_once(layer, value, number) for _ in range(repeats + 1)]
-            medians.append(statistics.median(run.seconds for run in runs[1:]))
-            value = tree_map_only(torch.Tensor, torch.Tensor.detach, runs[-1].output)
+            call = Call(partial(_run, layer, number=number), (value,), {}, list(layer.parameters()))
+            run = call.timed(repeats)
+            medians.append(run.forward + run.backward)
+            value = tree_map_only(torch.Tensor, torch.Tensor.detach, run.output)
     return tuple(medians)
 
 
@@ -169,72 +178,6 @@ def _run(layer: nn.Module, value: Any, number: int) -> Any:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Run:
-    seconds: float
-    output: Any
-
-
-def _time_once(layer: nn.Module, value: Any, number: int) -> _Run:
-    """One forward and backward pass; autograd.grad instead of backward() because it leaves every .grad alone."""
-    leaves: list[torch.Tensor] = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-
-    def as_input(tensor: torch.Tensor) -> torch.Tensor:
-        leaf = tensor.detach()
-        if leaf.is_floating_point() or leaf.is_complex():
-            leaf.requires_grad_()
-            leaves.append(leaf)
-        return leaf.clone()  # a layer that works in place may neither touch a leaf nor the input of the next repeat
-
-    with torch.enable_grad():
-        copy = tree_map_only(torch.Tensor, as_input, value)
-        _synchronize([*leaves, *tree_leaves(copy)])
-        start = time.perf_counter()
-        output = _run(layer, copy, number)
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        if outputs and leaves:
-            torch.autograd.grad(outputs, leaves, [torch.ones_like(tensor) for tensor in outputs], allow_unused=True)
-        _synchronize([*leaves, *tree_leaves(output)])
-        seconds = time.perf_counter() - start
-    return _Run(seconds, output)
-
-
 def _own(example_input: Any) -> Any:
     """Copies of the tensors, so that a layer that works in place does not reach the caller's."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), example_input)
-
-
-def _cuda_devices(tensors: Sequence[Any]) -> list[torch.device]:
-    return list({tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.is_cuda})
-
-
-def _synchronize(tensors: Sequence[Any]) -> None:
-    for device in _cuda_devices(tensors):
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _undisturbed(layers: Sequence[nn.Module], example_input: Any) -> Iterator[None]:
-    """Put training flags, buffers and random number generators back, whatever happens inside."""
-    modules = list({id(module): module for layer in layers for module in layer.modules()}.values())
-    training = [module.training for module in modules]
-    # The objects as well as what is in them: a layer may fill a buffer or put another tensor in its place.
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in modules
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-    ]
-    tensors = [
-        *tree_leaves(example_input),
-        *(parameter for module in modules for parameter in module.parameters(recurse=False)),
-    ]
-    with torch.random.fork_rng(devices=_cuda_devices(tensors), device_type="cuda"):
-        try:
-            yield
-        finally:
-            for module, flag in zip(modules, training, strict=True):
-                module.training = flag
-            with torch.no_grad():
-                for module, name, buffer, content in buffers:
-                    buffer.copy_(content)
-                    module._buffers[name] = buffer
