@@ -34,13 +34,24 @@ if TYPE_CHECKING:
         forward_eval,
         last_plan,
         last_timeline,
+        local_stages,
         partition_balanced,
         partition_chunks,
         partition_uniform,
         profile_stage_costs,
+        split_model,
         tie_parameters,
     )
-    from torchdistpackage.split import load_whole_model_state_dict, whole_model_names, whole_model_state_dict
+    from torchdistpackage.schedule import Routed
+    from torchdistpackage.split import (
+        Pipe,
+        SplitPoint,
+        load_whole_model_state_dict,
+        pipe_split,
+        pipeline,
+        whole_model_names,
+        whole_model_state_dict,
+    )
     from torchdistpackage.topology import (
         ParallelContext,
         find_free_port,
@@ -61,10 +72,13 @@ _HOME = {
     ),
     "torchdistpackage.parallel": (
         "DDP PipelineGradScaler clip_grad_norm_ draw_last_step flat_and_partition flatten_model flatten_sequence "
-        "forward_backward forward_eval last_plan last_timeline partition_balanced partition_chunks partition_uniform "
-        "profile_stage_costs tie_parameters"
+        "forward_backward forward_eval last_plan last_timeline local_stages partition_balanced partition_chunks "
+        "partition_uniform profile_stage_costs split_model tie_parameters"
     ),
-    "torchdistpackage.split": "load_whole_model_state_dict whole_model_names whole_model_state_dict",
+    "torchdistpackage.schedule": "Routed",
+    "torchdistpackage.split": (
+        "Pipe SplitPoint load_whole_model_state_dict pipe_split pipeline whole_model_names whole_model_state_dict"
+    ),
     "torchdistpackage.topology": (
         "ParallelContext find_free_port is_using_pp setup_distributed setup_node_groups test_comm "
         "torch_parallel_context tpc"
@@ -77,10 +91,13 @@ __all__ = [
     "CheckpointError",
     "DeadlockError",
     "ParallelContext",
+    "Pipe",
     "PipelineError",
     "PipelineGradScaler",
+    "Routed",
     "ScheduleError",
     "SplitError",
+    "SplitPoint",
     "TopologyError",
     "TorchDistError",
     "TransportError",
@@ -96,12 +113,16 @@ __all__ = [
     "last_plan",
     "last_timeline",
     "load_whole_model_state_dict",
+    "local_stages",
     "partition_balanced",
     "partition_chunks",
     "partition_uniform",
+    "pipe_split",
+    "pipeline",
     "profile_stage_costs",
     "setup_distributed",
     "setup_node_groups",
+    "split_model",
     "test_comm",
     "tie_parameters",
     "torch_parallel_context",

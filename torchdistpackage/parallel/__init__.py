@@ -16,6 +16,7 @@ from torchdistpackage.parallel.pipeline_sched import forward_backward, forward_e
 from torchdistpackage.parallel.pipeline_state import draw_last_step, last_plan, last_timeline
 from torchdistpackage.parallel.profile import profile_stage_costs
 from torchdistpackage.parallel.tied_parameters import tie_parameters
+from torchdistpackage.parallel.traced_split import local_stages, split_model
 
 __all__ = [
     "DDP",
@@ -30,9 +31,11 @@ __all__ = [
     "forward_eval",
     "last_plan",
     "last_timeline",
+    "local_stages",
     "partition_balanced",
     "partition_chunks",
     "partition_uniform",
     "profile_stage_costs",
+    "split_model",
     "tie_parameters",
 ]

@@ -72,10 +72,12 @@ def forward_backward(
             that two calls accumulate.
         fwd_fn: This stage's forward. Gets one object when there is one input, else a list `[from the previous stage
             ..., *this stage's slices]`: a list or tuple that the previous stage returned is spread, anything else, a
-            dict too, is one entry. On the last stage it returns the mean loss of its micro-batch (training) or
-            anything (evaluation).
+            dict too, is one entry. Values that go to several stages are returned as a `Routed`; a stage gets those of
+            all stages before it, first stage first, in front of its own slices. On the last stage it returns the mean
+            loss of its micro-batch (training) or anything (evaluation).
         bwd_fn: This stage's backward, `bwd_fn(output, output_grad)`; `output_grad` is None on the last stage, where
-            `output` is the loss weighted by the micro-batch's share. None for torch's own.
+            `output` is the loss weighted by the micro-batch's share, and a dict, destination -> gradients of those of
+            its values that want one, where `output` is a `Routed`. None for torch's own.
         inputs: This stage's own inputs for the whole batch: None, a tensor, a list of arguments, or any pytree. Tensors
             are cut along dim 0 into micro-batches whose sizes differ by at most one row; 0-d tensors and other values
             go to each as they are.
@@ -127,6 +129,7 @@ def forward_backward(
         _check_arguments(optimizer, fwd_fn, bwd_fn, loss_reduction, dtype)
         auto = _auto(kept, schedule, num_microbatches, fwd_fn, memory_limit)
         plan = _plan(auto, schedule, size, num_microbatches, forward_only, fwd_fn, inputs)
+        tied.adopt(plan.placement)
         executor = kept.executor(plan)
         shard = _tensor_shard(scatter_gather_tensors)
         work = _chunks(kept, plan, fwd_fn, bwd_fn, inputs, data_parallel, scaler)
@@ -150,9 +153,9 @@ def forward_backward(
         value = _merged(result, forward_only) if result.outputs else None
     if broadcast_loss:
         value = _shared(transport, plan, value)
-    kept.plan = plan
+    kept.plan = executor.plan  # with the skips that the stages have said
     if recorder is not None or planning:
-        _after_recording(kept, plan, recorder, auto if planning else None, record_timeline)
+        _after_recording(kept, executor.plan, recorder, auto if planning else None, record_timeline)
     return value
 
 

@@ -30,6 +30,9 @@ from torchdistpackage.errors import SplitError
 from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
+from torchdistpackage.schedule import Placement
+from torchdistpackage.split.names import ties_in
+from torchdistpackage.split.pipe import stages_in_use
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import gather_json
 
@@ -63,6 +66,7 @@ class TiedParameters:
         self._peers: set[int] = set()
         self._before: dict[int, Tensor] = {}
         self._training = False
+        self._adopted: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
         self._holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> its ranks
 
     def add(self, name: str, ranks: Sequence[int], parameter: nn.Parameter, *, by_hand: bool = False) -> None:
@@ -85,6 +89,24 @@ class TiedParameters:
             if parameter is not None and not tie.by_hand and placed.get(id(parameter), tie.ranks) != tie.ranks:
                 self._ties.remove(tie)
                 self._holders.pop(parameter)  # type: ignore[no-untyped-call]
+
+    def adopt(self, placement: Placement) -> None:
+        """Registers what stages of traced models share: nobody has called a partition function for those.
+
+        Every rank runs it before a step, with the step's placement; a second time with the same one changes nothing.
+        """
+        owners = placement.owners
+        for stage, index, count in stages_in_use():
+            here = count == placement.num_stages and owners[index] == self._rank
+            if not here or self._adopted.get(stage) == owners:
+                continue
+            self._adopted[stage] = owners
+            found = {id(tie.parameter): tie for tie in ties_in(stage).values()}
+            placed = {key: tuple(sorted({owners[at] for at in tie.stages})) for key, tie in found.items()}
+            self.cut_again(placed)
+            for key, tie in sorted(found.items(), key=lambda item: item[1].name):
+                if len(placed[key]) > 1:
+                    self.add(tie.name, placed[key], tie.parameter)
 
     def counts_elsewhere(self, parameter: Tensor) -> bool:
         """Whether another rank counts this parameter in norms."""

@@ -2,8 +2,20 @@
 
 ===================  =============================================================================
 `boundaries.py`      costs -> cut points; the only layer-distribution code, without torch
-`cost.py`            parameters, FLOPs, measured time, bytes at the cuts
+`constraints.py`     what cuts must keep to: pins, forbidden places, memory, bytes sent
+`constrained.py`     the best cut among those that keep to it
+`layout_string.py`   Megatron-LM's layout strings -> cut points
+`cost.py`            a row of layers -> parameters, FLOPs, measured time, bytes at the cuts
+`calls.py`           one call of anything -> seconds there and back, FLOPs, saved activations
+`report.py`          the table of a split
 `sequential.py`      a list of layers -> a row -> one stage's slice of it
+`execution_order.py` the list, found by tracing
+`traced.py`          any model -> stages, by tracing: `split` and `pipeline`
+`tracer.py`          the forward as a graph of whole modules; `symbols.py`, `operations.py`, `untraceable.py` serve it
+`graph.py`           the graph as a row that can be cut: what crosses a cut, where none may be
+`cutting.py`         measures (`unit_costs.py`), cuts, opens what is too large to balance around
+`building.py`        the cut graph -> `Pipe` (`pipe.py`) of `TracedStage`s (`traced_stage.py`)
+`signature.py`       how a model is called and what it returns, flat and back
 `names.py`           whole-model names of a stage's tensors; parameters that several stages share
 ===================  =============================================================================
 
@@ -13,11 +25,23 @@ The names below are loaded on first use (PEP 562), so that `boundaries` can be h
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchdistpackage.split.boundaries import balanced_boundaries, uniform_boundaries, uniform_sizes
+    from torchdistpackage.split.boundaries import (
+        LoadBalance,
+        MemoryLimit,
+        balanced_boundaries,
+        boundaries_of_sizes,
+        load_balance,
+        uniform_boundaries,
+        uniform_sizes,
+    )
+    from torchdistpackage.split.calls import CallCost, call_cost, undisturbed
     from torchdistpackage.split.cost import cut_bytes, flop_counts, layer_costs, measured_times, parameter_counts
+    from torchdistpackage.split.layout_string import layout_boundaries, parse_layout
     from torchdistpackage.split.names import (
         TiedParameter,
         load_whole_model_state_dict,
@@ -27,6 +51,8 @@ if TYPE_CHECKING:
         whole_model_names,
         whole_model_state_dict,
     )
+    from torchdistpackage.split.pipe import Pipe, PipeInfo
+    from torchdistpackage.split.report import SplitReport, StageRow
     from torchdistpackage.split.sequential import (
         CallableModule,
         balanced_partition,
@@ -34,34 +60,62 @@ if TYPE_CHECKING:
         flatten_sequence,
         uniform_partition,
     )
+    from torchdistpackage.split.traced import SplitPoint, pipe_split, pipeline, split
+    from torchdistpackage.split.traced_stage import TracedStage
 
 _HOME = {
-    "boundaries": "balanced_boundaries uniform_boundaries uniform_sizes",
+    "boundaries": (
+        "LoadBalance MemoryLimit balanced_boundaries boundaries_of_sizes load_balance uniform_boundaries uniform_sizes"
+    ),
+    "calls": "CallCost call_cost undisturbed",
     "cost": "cut_bytes flop_counts layer_costs measured_times parameter_counts",
+    "layout_string": "layout_boundaries parse_layout",
     "names": (
         "TiedParameter load_whole_model_state_dict shared_parameters ties_in ties_of whole_model_names "
         "whole_model_state_dict"
     ),
+    "pipe": "Pipe PipeInfo",
+    "report": "SplitReport StageRow",
     "sequential": "CallableModule balanced_partition flatten_model flatten_sequence uniform_partition",
+    "traced": "SplitPoint pipe_split pipeline split",
+    "traced_stage": "TracedStage",
 }
 _FILE = {name: file for file, names in _HOME.items() for name in names.split()}
 
 __all__ = [
+    "CallCost",
     "CallableModule",
+    "LoadBalance",
+    "MemoryLimit",
+    "Pipe",
+    "PipeInfo",
+    "SplitPoint",
+    "SplitReport",
+    "StageRow",
     "TiedParameter",
+    "TracedStage",
     "balanced_boundaries",
     "balanced_partition",
+    "boundaries_of_sizes",
+    "call_cost",
     "cut_bytes",
     "flatten_model",
     "flatten_sequence",
     "flop_counts",
     "layer_costs",
+    "layout_boundaries",
+    "load_balance",
     "load_whole_model_state_dict",
     "measured_times",
     "parameter_counts",
+    "parse_layout",
+    "pipe_split",
+    "pipeline",
     "shared_parameters",
+    "split",
     "ties_in",
     "ties_of",
+    "undisturbed",
     "uniform_boundaries",
     "uniform_partition",
     "uniform_sizes",
@@ -80,3 +134,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Room(ModuleType):
+    """`from torchdistpackage import split` names this room; called, it is the face's function of that name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module("torchdistpackage").split_model(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Room

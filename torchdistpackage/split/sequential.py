@@ -23,6 +23,8 @@ from torchdistpackage.errors import SplitError
 from torchdistpackage.split.boundaries import balanced_boundaries, uniform_boundaries
 from torchdistpackage.split.cost import CostName, layer_costs
 from torchdistpackage.split.names import record_names, record_ties
+from torchdistpackage.split.signature import Example
+from torchdistpackage.split.untraceable import refusals
 
 __all__ = [
     "CallableModule",
@@ -73,32 +75,47 @@ class CallableModule(nn.Module):
 @overload
 def flatten_model(
     model: nn.Module,
-    layer_list: Sequence[LayerEntry],
+    layer_list: Sequence[LayerEntry] | None = None,
     return_list: Literal[False] = False,
     *,
     levels: int | None = 1,
     allow_missing: bool = False,
+    example_inputs: Any = None,
 ) -> nn.Sequential: ...
 
 
 @overload
 def flatten_model(
     model: nn.Module,
-    layer_list: Sequence[LayerEntry],
+    layer_list: Sequence[LayerEntry] | None = None,
+    *,
+    return_list: Literal[True],
+    levels: int | None = 1,
+    allow_missing: bool = False,
+    example_inputs: Any = None,
+) -> list[nn.Module]: ...
+
+
+@overload
+def flatten_model(
+    model: nn.Module,
+    layer_list: Sequence[LayerEntry] | None,
     return_list: Literal[True],
     *,
     levels: int | None = 1,
     allow_missing: bool = False,
+    example_inputs: Any = None,
 ) -> list[nn.Module]: ...
 
 
 def flatten_model(
     model: nn.Module,
-    layer_list: Sequence[LayerEntry],
+    layer_list: Sequence[LayerEntry] | None = None,
     return_list: bool = False,
     *,
     levels: int | None = 1,
     allow_missing: bool = False,
+    example_inputs: Any = None,
 ) -> nn.Sequential | list[nn.Module]:
     """Turn a model into a row of layers that run one after the other.
 
@@ -112,23 +129,31 @@ def flatten_model(
     An entry that is an `nn.Sequential`, `nn.ModuleList` or `nn.ModuleDict` is replaced by its members, unless its class
     has a `forward` of its own. Hooks on a container that is replaced do not run.
 
+    Without a list the order of execution is found by tracing: containers that a forward only runs through are opened,
+    functions in between become layers, and where several values are under way at once (a skip connection), everything
+    up to where there is one again is one layer.
+
     Args:
         model: The whole model. Its modules are used, not copied.
-        layer_list: The layers in the order of execution.
+        layer_list: The layers in the order of execution; None to have them found.
         return_list: Return a list instead of an `nn.Sequential`.
         levels: How deep containers within containers are replaced; 0 for not at all, None for as deep as they go.
         allow_missing: Accept a list that leaves out parameters or buffers of the model.
+        example_inputs: What the model is called with, for tracing; only needed where its Python looks at sizes.
 
     Raises:
-        SplitError: An entry is no layer, a name does not exist, or parameters or buffers are left out.
+        SplitError: An entry is no layer, a name does not exist, parameters or buffers are left out, or there is no list
+            and the model cannot be traced.
 
     Example:
         >>> from torchvision.models import resnet18
         >>> layer_list = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool",
         ...               lambda x: x.flatten(1), "fc"]
-        >>> len(flatten_model(resnet18(), layer_list))
-        15
+        >>> len(flatten_model(resnet18(), layer_list)), len(flatten_model(resnet18()))
+        (15, 15)
     """
+    if layer_list is None:
+        return _found_layers(model, return_list, example_inputs)
     layers = list(_resolve(model, layer_list, "layer_list", levels))
     if not allow_missing:
         held = {id(tensor) for layer in layers for tensor in _tensors(layer)}
@@ -138,6 +163,16 @@ def flatten_model(
                 f"{type(model).__name__}; add the layers that hold them (for parameters that a function uses, a small "
                 "nn.Module that holds them and runs it), or pass allow_missing=True if they are not meant to be trained"
             )
+    record_names(model, layers)
+    return layers if return_list else nn.Sequential(*layers)
+
+
+def _found_layers(model: nn.Module, return_list: bool, example_inputs: Any) -> nn.Sequential | list[nn.Module]:
+    from torchdistpackage.split.execution_order import traced_layers  # here: most models come with a list
+
+    example = None if example_inputs is None else Example.of(example_inputs)
+    with refusals(model):
+        layers = traced_layers(model, example)
     record_names(model, layers)
     return layers if return_list else nn.Sequential(*layers)
 

@@ -1,0 +1,208 @@
+"""A model that was cut: its stages as modules, and who sends what to whom.
+
+Every stage is made of the model's own objects; nothing is copied, so that training the stages trains the model, and a
+process that keeps one stage and drops model and `Pipe` holds no more than that stage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+
+from torchdistpackage.errors import SplitError
+from torchdistpackage.schedule.routing import Routed
+from torchdistpackage.split.names import record_names, record_ties, shared_parameters
+from torchdistpackage.split.traced_stage import TracedStage
+
+__all__ = ["Pipe", "PipeInfo", "stages_in_use"]
+
+_in_use: WeakKeyDictionary[TracedStage, tuple[int, int, int]] = WeakKeyDictionary()
+_number = count()
+
+
+def stages_in_use() -> Iterator[tuple[TracedStage, int, int]]:
+    """The stages that this process has asked for, each with its index and how many stages there are.
+
+    The order is the same on all ranks that do the same: `parallel/` finds here what stages of other ranks share.
+    """
+    for stage, (_, index, stages) in sorted(_in_use.items(), key=lambda item: item[1]):
+        yield stage, index, stages
+
+
+@dataclass(frozen=True)
+class PipeInfo:
+    """Facts about a `Pipe`.
+
+    Attributes:
+        graph: The whole forward as it was recorded.
+        num_stages: p.
+        has_loss_and_backward: Always False: the loss is computed by the user's `fwd_fn`.
+    """
+
+    graph: fx.Graph
+    num_stages: int
+    has_loss_and_backward: bool = False
+
+
+@final
+class Pipe:
+    """A model cut into stages; made by `split` and `pipeline`.
+
+    Calling it runs all stages here, one after the other, and returns what the model returns.
+
+    Attributes:
+        skips: The pairs of stages that are no neighbours and between which values travel.
+        report: What each stage costs: `print(pipe.report)`.
+
+    Example:
+        >>> from torchdistpackage.split import split
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> pipe = split(model, torch.zeros(3, 4), 2, costs="flops")
+        >>> pipe.num_stages, list(pipe.get_stage_module(1).state_dict())
+        (2, ['2.weight', '2.bias'])
+        >>> pipe(torch.zeros(5, 4)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: list[TracedStage],
+        skips: tuple[tuple[int, int], ...],
+        graph: fx.Graph,
+        report: Any,
+    ) -> None:
+        self._model, self._stages, self._graph, self._made = model, stages, graph, next(_number)
+        self.skips, self.report = skips, report
+        record_names(model, stages)
+        record_ties(stages, range(len(stages) + 1))
+
+    @property
+    def num_stages(self) -> int:
+        """P."""
+        return len(self._stages)
+
+    def get_stage_module(self, stage: int) -> TracedStage:
+        """One stage; always the same object.
+
+        Args:
+            stage: Its index, from 0.
+
+        Raises:
+            SplitError: There is no such stage.
+        """
+        if not 0 <= stage < self.num_stages:
+            raise SplitError(f"there is no stage {stage}: {self.num_stages} stages are numbered from 0")
+        found = self._stages[stage]
+        _in_use[found] = (self._made, stage, self.num_stages)
+        return found
+
+    def build_stage(
+        self,
+        stage: int,
+        device: torch.device | str | None = None,
+        group: Any = None,
+        *,
+        init: Callable[[nn.Module], object] | None = None,
+    ) -> TracedStage:
+        """One stage on its device. Of a model on the meta device only this stage gets memory.
+
+        Args:
+            stage: Its index.
+            device: Where to put it; as it is when not given, and the CPU for a model on the meta device.
+            group: Not used: which ranks take part is known to `tpc`. Kept for code that names it.
+            init: Fills the memory of a stage that was on the meta device; gets the stage. Without it every module is
+                asked for `reset_parameters`.
+
+        Raises:
+            SplitError: There is no such stage, or nobody knows how to fill some parameters or buffers.
+        """
+        found = self.get_stage_module(stage)
+        if not any(tensor.is_meta for tensor in _tensors(found)):
+            return found if device is None else found.to(device)
+        left = [] if init is not None else [name for name, module in found.named_modules() if _needs_filling(module)]
+        if left:
+            raise SplitError(
+                f"stage {stage} is on the meta device, and nobody knows how to fill {', '.join(left[:8])}: pass "
+                "init=..., which gets the stage, or call stage.to_empty(device=...) and load_whole_model_state_dict"
+            )
+        found.to_empty(device=device or "cpu")
+        if init is not None:
+            init(found)
+        else:
+            for module in found.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+        return found
+
+    @property
+    def replicated_params(self) -> list[dict[int, str]]:
+        """For each parameter that several stages hold: stage -> its name there. Their gradients are summed."""
+        found = shared_parameters(self._stages, range(self.num_stages + 1))
+        result = []
+        for tie in found:
+            named = {}
+            for stage in tie.stages:
+                holders = self._stages[stage].named_parameters(remove_duplicate=False)
+                named[stage] = next(name for name, parameter in holders if parameter is tie.parameter)
+            result.append(named)
+        return result
+
+    def info(self) -> PipeInfo:
+        """Facts for tools."""
+        return PipeInfo(self._graph, self.num_stages)
+
+    def print_readable(self) -> str:
+        """Writes the code of all stages to the standard output, and returns it."""
+        text = "\n".join(f"# {stage.extra_repr()}\n{stage.generated_code().strip()}\n" for stage in self._stages)
+        sys.stdout.write(text)
+        return text
+
+    def train(self, mode: bool = True) -> Pipe:
+        """Puts all stages into training mode."""
+        for stage in self._stages:
+            stage.train(mode)
+        return self
+
+    def eval(self) -> Pipe:
+        """Puts all stages into evaluation mode."""
+        return self.train(False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs all stages here, as `forward` does."""
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs all stages here, as the model would."""
+        result = self._stages[0](*args, **kwargs)
+        arrived: dict[int, list[Any]] = defaultdict(list)
+        for index, stage in enumerate(self._stages[1:], start=1):
+            if isinstance(result, Routed):
+                for target, values in result.values.items():
+                    arrived[target].extend(values)
+            else:
+                arrived[index].extend([result] if isinstance(result, Tensor) else result)
+            result = stage(*arrived.pop(index, []))
+        return result
+
+    def __repr__(self) -> str:
+        skips = f", values past stages {list(self.skips)}" if self.skips else ""
+        return f"Pipe({type(self._model).__name__} in {self.num_stages} stages{skips})"
+
+
+def _tensors(stage: nn.Module) -> list[Tensor]:
+    return [*stage.parameters(), *stage.buffers()]
+
+
+def _needs_filling(module: nn.Module) -> bool:
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(tensor.is_meta for tensor in own) and not hasattr(module, "reset_parameters")
