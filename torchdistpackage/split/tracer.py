@@ -17,9 +17,12 @@ names, hooks, training flag and whatever control flow it has inside. Neighbours:
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any, final
 
 import torch
@@ -323,7 +326,8 @@ class _Recorder(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
         """Makes the node and computes its value. None is not a symbol: Python asks for it by identity."""
         if kind == "call_function" and not _has_name(target):
-            args, target, named = (target, *args), call_object, {}
+            name = getattr(target, "__name__", "")
+            args, target, named = (target, *args), call_object, {"name": name if name.isidentifier() else "function"}
         symbol = super().create_proxy(kind, target, args, kwargs, *more, **named)
         if kind == "placeholder" or target is pipe_split:
             return symbol
@@ -384,9 +388,10 @@ class _Recorder(fx.Tracer):
 
 
 def _has_name(function: Any) -> bool:
-    """Whether generated code can say what it calls; a compiled or local function is an object that it is given."""
-    compiled = isinstance(function, torch.jit.ScriptFunction)
-    return not callable(function) or not (compiled or "<" in getattr(function, "__qualname__", "<"))
+    """Whether generated code can say what it calls; a local or compiled function is an object that it is given."""
+    if isinstance(function, FunctionType):
+        return getattr(sys.modules.get(function.__module__), function.__name__, None) is function
+    return not isinstance(function, (torch.jit.ScriptFunction, MethodType, functools.partial))
 
 
 def has_hooks(module: nn.Module) -> bool:
