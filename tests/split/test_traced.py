@@ -1,7 +1,9 @@
 """Any model, cut by tracing: the same numbers, names and modes as the whole model."""
 
 import copy
+import gc
 import pickle
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -345,6 +347,28 @@ def test_the_model_is_left_alone_and_can_be_split_again():
     assert list(model.state_dict()) == keys
     assert {name for name in vars(model) if not name.startswith("_torchdistpackage")} == attributes
     assert not any(tensor.grad_fn for tensor in model.parameters())
+
+
+def test_a_stage_holds_nothing_of_the_others():
+    model = models.TiedHead()
+    pipe = split(model, torch.arange(10).view(2, 5), 3, costs="flops")
+    stage = pipe.get_stage_module(0)
+    mine = {id(parameter) for parameter in stage.parameters()}
+    others = [weakref.ref(parameter) for parameter in model.parameters() if id(parameter) not in mine]
+    del model, pipe
+    gc.collect()
+    assert others
+    assert not any(other() is not None for other in others)
+
+
+def test_torch_is_left_alone():
+    before = {name: getattr(torch, name) for name in ("zeros", "rand", "arange", "tensor")}
+    apply = vars(torch.autograd.Function)["apply"]
+    split(models.UNet(), torch.randn(2, 6), 2, costs="flops")
+    with pytest.raises(SplitError):
+        split(Data(), torch.randn(2, 6), 2, costs="flops")
+    assert all(getattr(torch, name) is function for name, function in before.items())
+    assert vars(torch.autograd.Function)["apply"] is apply
 
 
 def test_types_names_and_hooks_stay():

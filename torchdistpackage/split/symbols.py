@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import operator
 import sys
@@ -10,11 +11,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any, Protocol, final
 
 import torch
+import torch.overrides
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
@@ -89,12 +90,14 @@ class Symbol(fx.Proxy):
         return type(value) if isinstance(value, _KINDS) and _calls_isinstance(sys._getframe(1)) else Symbol
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_is_param", "__fx_create_arg__", "__array__", "__array_interface__"):
+        if name in ("node", "_is_param", "__fx_create_arg__", "__array__", "__array_interface__"):
             raise AttributeError(name)
         value = self.tracer.value_of(self)
         if value is not UNKNOWN:
             if not hasattr(value, name):
                 raise AttributeError(f"{type(value).__name__} has no attribute {name!r}")
+            if getattr(value, name) is None:  # Python asks for None by identity
+                return None
             if isinstance(value, dict) and name in ("items", "values", "keys"):
                 pairs = {
                     "items": lambda: [(key, self[key]) for key in value],
@@ -183,7 +186,7 @@ class _Attribute(Symbol):
         return self.tracer.create_proxy("call_method", self.attribute, (self.root, *args), kwargs)
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def _instructions(code: CodeType) -> list[dis.Instruction]:
     return list(dis.get_instructions(code))
 
@@ -296,22 +299,28 @@ def opaque_functions(model: nn.Module) -> list[Callable[..., Any]]:
 @contextmanager
 def recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     """Inside, functions that make tensors of nothing become nodes as well, and custom autograd functions stay whole."""
+    torch.overrides.get_testing_overrides()  # torch makes these tables once, and of what it finds then
+    torch.overrides.is_tensor_method_or_property(torch.Tensor.add)
     kept: list[tuple[Any, str, Any]] = [(torch, name, getattr(torch, name)) for name in _FACTORIES]
+    kept += [(torch, "finfo", torch.finfo), (torch, "iinfo", torch.iinfo)]  # of a dtype that is a symbol
     kept.append((torch.utils.checkpoint, "checkpoint", checkpoint))
     apply = vars(torch.autograd.Function)["apply"]
+    recording = [tracer]  # emptied at the end: a module that is imported meanwhile may keep these functions for good
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if tracer.is_busy:
+            plain = not recording or recording[0].is_busy
+            if plain or (isinstance(function, type) and not isinstance(args[0] if args else None, fx.Proxy)):
                 return function(*args, **kwargs)
-            return tracer.create_proxy("call_function", function, args, kwargs)
+            return recording[0].create_proxy("call_function", function, args, kwargs)
 
-        return call
+        return call if isinstance(function, type) else functools.wraps(function)(call)
 
     def recorded_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if tracer.is_busy or not any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values())):
+        symbols = any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values()))
+        if not symbols or not recording or recording[0].is_busy:
             return apply.__get__(None, cls)(*args, **kwargs)
-        return tracer.create_proxy("call_function", apply_function, (cls, *args), kwargs)
+        return recording[0].create_proxy("call_function", apply_function, (cls, *args), kwargs)
 
     try:
         for home, name, function in kept:
@@ -319,6 +328,7 @@ def recorded_factories(tracer: ValueTracer) -> Iterator[None]:
         torch.autograd.Function.apply = classmethod(recorded_apply)
         yield
     finally:
+        recording.clear()
         torch.autograd.Function.apply = apply
         for home, name, function in kept:
             setattr(home, name, function)

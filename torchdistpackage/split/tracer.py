@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -153,6 +154,7 @@ class _Recorder(fx.Tracer):
         self._by_name: dict[str, Any] = dict(_named_tensors(model))
         self._tensors = {id(tensor): name for name, tensor in reversed(self._by_name.items())}
         self._attributes: dict[str, Any] = {}
+        self._thread = threading.get_ident()
         self._busy = False  # a value is being computed: everything runs as it is
         self._stack: list[tuple[str, int]] = [("", 0)]  # the forwards that run now, each with the number of its call
         self._calls = 0
@@ -196,8 +198,8 @@ class _Recorder(fx.Tracer):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a value is being computed now."""
-        return self._busy
+        """Whether a value is being computed now, or somebody else's code runs: patches are seen by all threads."""
+        return self._busy or threading.get_ident() != self._thread
 
     def mark(self) -> None:
         """`pipe_split` was called."""
@@ -242,7 +244,7 @@ class _Recorder(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A node, or the forward of an opened module."""
-        if self._busy:
+        if self.is_busy:
             return forward(*args, **kwargs)
         assert self.submodule_paths is not None
         path = self.submodule_paths.get(m)
@@ -270,7 +272,7 @@ class _Recorder(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter or buffer that an opened forward reads is a symbol."""
-        if self._busy or not isinstance(attr_val, Tensor):
+        if self.is_busy or not isinstance(attr_val, Tensor):
             return attr_val
         name = self._tensors.get(id(attr_val))
         if name is None:
