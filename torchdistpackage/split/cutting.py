@@ -93,7 +93,8 @@ def record_as_is(
             if error.path and error.path not in closed:
                 closed.add(error.path)
                 continue
-            if example is None or options.get("marks_at") or isinstance(error.__cause__, LooksAtNumbers):
+            of_model = isinstance(error.__cause__, LooksAtNumbers) and "/torch/" not in error.where
+            if example is None or options.get("marks_at") or of_model:  # torch.export cannot know those either
                 raise
             with undisturbed([model], tensors):
                 return record_exported(model, example, error, options.get("prefix", "t"))

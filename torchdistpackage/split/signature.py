@@ -98,21 +98,27 @@ class Calling:
         return self.spec.num_leaves - len(self.fixed)
 
     @cached_property
+    def _places(self) -> dict[str, Any]:
+        """The arguments, with the place of each leaf in its stead."""
+        found: dict[str, Any] = pytree.tree_unflatten(range(self.spec.num_leaves), self.spec)
+        return found
+
+    @cached_property
     def _plain(self) -> bool:
         """Whether the example was positional tensors and nothing else."""
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         names = [p.name for p in self.signature.parameters.values() if p.kind in positional]
-        leaves = all(child.is_leaf() for child in self.spec.children())
-        return not self.fixed and leaves and list(self.spec.context) == names[: self.count]
+        bare = all(isinstance(place, int) for place in self._places.values())
+        return not self.fixed and bare and list(self._places) == names[: self.count]
 
     def takes_several(self, values: Sequence[Any]) -> bool:
         """Whether a list is meant as all positional arguments: the example had as many, and not one list."""
-        names, children = self.spec.context, self.spec.children()
-        return len(names) == len(values) and (len(names) > 1 or children[0].is_leaf())
+        places = list(self._places.values())
+        return len(places) == len(values) and (len(places) > 1 or isinstance(places[0], int))
 
     def takes_by_name(self, values: Mapping[str, Any]) -> bool:
         """Whether a dict is meant as keyword arguments: it has their names, and no argument is a dict itself."""
-        return set(values) == set(self.spec.context) and all(child.type is not dict for child in self.spec.children())
+        return values.keys() == self._places.keys() and not any(type(p) is dict for p in self._places.values())
 
     def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         """The tensors of a call.
