@@ -296,6 +296,15 @@ def opaque_functions(model: nn.Module) -> list[Callable[..., Any]]:
     return found
 
 
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: what it makes of tensors is its own, and must not be a symbol."""
+    while frame is not None and frame.f_code.co_filename != _MACHINERY[1]:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     """Inside, functions that make tensors of nothing become nodes as well, and custom autograd functions stay whole."""
@@ -309,7 +318,7 @@ def recorded_factories(tracer: ValueTracer) -> Iterator[None]:
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            plain = not recording or recording[0].is_busy
+            plain = not recording or recording[0].is_busy or _is_importing(sys._getframe(1))
             if plain or (isinstance(function, type) and not isinstance(args[0] if args else None, fx.Proxy)):
                 return function(*args, **kwargs)
             return recording[0].create_proxy("call_function", function, args, kwargs)
