@@ -21,6 +21,7 @@ from torchdistpackage import (
     whole_model_state_dict,
 )
 from torchdistpackage.schedule import describe
+from torchdistpackage.split import split
 
 MODELS = {
     "UNet": (lambda: models.UNet(depth=5), lambda n: (torch.randn(n, 6).double(),)),
@@ -106,6 +107,19 @@ def test_ranks_agree_on_measured_cuts():
     assert not set(first) & set(second)
     assert len(first) + len(second) == len(models.Blocks(count=8).state_dict())
     assert table == other
+
+
+def cut_alone(rank, world):
+    """Without agreement: what is equal in all processes, or nothing."""
+    start(world)
+    with pytest.raises(SplitError, match="split_model"):
+        split(models.Blocks(), torch.randn(2, 6), 2, costs="time")
+    return sorted(split(models.Blocks(), torch.randn(2, 6), 2).get_stage_module(0).state_dict())
+
+
+def test_ranks_that_do_not_agree_do_not_measure():
+    first, second = run_distributed(cut_alone, 2)
+    assert first == second
 
 
 class Broken(models.Blocks):

@@ -128,7 +128,7 @@ class Pipe:
         found = self.get_stage_module(stage)
         if not any(tensor.is_meta for tensor in _tensors(found)):
             return found if device is None else found.to(device)
-        left = [] if init is not None else [name for name, module in found.named_modules() if _needs_filling(module)]
+        left = [] if init is not None else [name for module in found.named_modules() for name in _nobody_fills(*module)]
         if left:
             raise SplitError(
                 f"stage {stage} is on the meta device, and nobody knows how to fill {', '.join(left[:8])}: pass "
@@ -203,6 +203,9 @@ def _tensors(stage: nn.Module) -> list[Tensor]:
     return [*stage.parameters(), *stage.buffers()]
 
 
-def _needs_filling(module: nn.Module) -> bool:
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(tensor.is_meta for tensor in own) and not hasattr(module, "reset_parameters")
+def _nobody_fills(path: str, module: nn.Module) -> list[str]:
+    """Names of the tensors of a module on the meta device that does not know how to fill them."""
+    if hasattr(module, "reset_parameters"):
+        return []
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [f"{path}.{name}".lstrip(".") for name, tensor in own if tensor.is_meta]

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import difflib
 import enum
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+import torch.distributed as dist
 from torch import fx, nn
 
 from torchdistpackage.errors import SplitError
@@ -30,6 +32,8 @@ from torchdistpackage.split.unit_costs import UnitCosts
 from torchdistpackage.split.untraceable import refusals
 
 __all__ = ["SplitPoint", "pipe_split", "pipeline", "split"]
+
+_log = logging.getLogger(__name__)
 
 Agree: TypeAlias = Callable[[Callable[[], Cut]], Cut]
 
@@ -146,7 +150,7 @@ def split(
         num_stages: p.
         example_kwargs: Keyword arguments.
         costs: What to balance: "time" (forward and backward, measured here; default), "flops" (default on the meta
-            device), or "parameters".
+            device, and where several processes run, which would not measure alike), or "parameters".
         sizes: Nodes of each stage instead, as `pipe.report` lists them.
         layout: A layout in Megatron-LM's spelling instead, such as "Et*3|t*4|t*4L"; t is a block of the model's longest
             list.
@@ -172,15 +176,10 @@ def split(
         ['avgpool', 'fc', 'layer3', 'layer4']
     """
     example = Example.of(example_inputs, example_kwargs)
-    meta = any(parameter.is_meta for parameter in model.parameters())
-    costs = costs or ("flops" if meta else "time")
-    if costs not in ("time", "flops", "parameters") or (meta and costs == "time"):
-        raise SplitError(
-            f"costs={costs!r}: use 'time', 'flops' or 'parameters'; on the meta device nothing can be timed"
-        )
+    balanced = _known_costs(costs, any(parameter.is_meta for parameter in model.parameters()), agree is not None)
     wishes = Wishes(
         num_stages,
-        costs,
+        balanced,
         sizes,
         layout,
         together,
@@ -200,6 +199,25 @@ def split(
     cut = find() if agree is None else agree(find)
     with refusals(model):
         return apply_cut(model, example, cut, leaf_functions=leaf_functions)
+
+
+def _known_costs(costs: str | None, meta: bool, agreed: bool) -> str:
+    """What to balance: times only where there is time, and where all that cut go by one measurement."""
+    alone = agreed or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    if costs is None:
+        if not alone:
+            _log.info("several processes: balancing FLOPs, which are equal in all; split_model measures, for all alike")
+        return "time" if alone and not meta else "flops"
+    if costs not in ("time", "flops", "parameters") or (meta and costs == "time"):
+        raise SplitError(
+            f"costs={costs!r}: use 'time', 'flops' or 'parameters'; on the meta device nothing can be timed"
+        )
+    if costs == "time" and not alone:
+        raise SplitError(
+            "every process would measure other times and cut elsewhere: call torchdistpackage.split_model(model, "
+            "example) on all ranks, where one measures for all, or pass costs='flops'"
+        )
+    return costs
 
 
 def _leaves(model: nn.Module, leaf_modules: Collection[str | type]) -> set[str]:
