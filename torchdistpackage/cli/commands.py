@@ -11,6 +11,7 @@ from torchdistpackage import __version__
 from torchdistpackage.cli.comm_check import comm_check
 from torchdistpackage.cli.planning import plan_schedule, simulate_schedule, trace_schedule
 from torchdistpackage.cli.schedules import list_schedules, show, verify_file
+from torchdistpackage.cli.splitting import split_model
 
 __all__ = ["torchdistpackage"]
 
@@ -23,6 +24,7 @@ def torchdistpackage() -> None:
     \b
     torchdistpackage schedule list
     torchdistpackage schedule show zb-v -p 4 -m 8
+    torchdistpackage split torchvision:resnet50 -p 4 -i 4x3x224x224
     torchdistpackage comm-check --nproc 2
     """  # noqa: D301
 
@@ -41,4 +43,5 @@ def schedule_group() -> None:
 
 for command in (list_schedules, show, verify_file, simulate_schedule, trace_schedule, plan_schedule):
     schedule_group.add_command(command)
+torchdistpackage.add_command(split_model)
 torchdistpackage.add_command(comm_check)
