@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
+import traced_models as models
 from distributed_harness import run_distributed
 from fault_pipeline import outcome
 from loopback_pipeline import assert_same_gradients, on_every_rank, plain_loop, stage_functions, stage_inputs
@@ -15,6 +16,7 @@ from torchdistpackage import forward_backward, setup_distributed, tpc
 from torchdistpackage.runtime import ChunkWork, Executor
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.schedule import build, names
+from torchdistpackage.split import split
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 mse = nn.functional.mse_loss
@@ -42,6 +44,30 @@ def test_loopback_on_a_device(name):
         assert all(span.start <= span.end for span in spans)
     plain_loop(reference, inputs[0], inputs[-1], 4)
     assert_same_gradients(stages, reference)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_a_traced_model_on_a_device(num_stages):
+    torch.manual_seed(0)
+    model = models.UNet().cuda()
+    reference = copy.deepcopy(model)
+    x, y = torch.randn(10, 6, device="cuda"), torch.randn(10, 6, device="cuda")
+    pipe = split(model, x[:3], num_stages)  # timed: the device is waited for
+    stages = [pipe.get_stage_module(stage) for stage in range(num_stages)]
+    plan = build("1f1b", num_stages, 4, skips=pipe.skips)
+
+    def rank_step(rank, transport):
+        def forward(received):
+            return mse(stages[rank](received[:-1]), received[-1]) if rank == num_stages - 1 else stages[rank](received)
+
+        transport.device = torch.device("cuda", 0)
+        own = x if rank == 0 else y if rank == num_stages - 1 else None
+        Executor(plan, transport).run([ChunkWork(forward, inputs=own)])
+
+    assert not any(on_every_rank(num_stages, rank_step))
+    plain_loop(reference, x, y, 4)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def steps(rank, world, backend):
