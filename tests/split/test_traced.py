@@ -12,38 +12,10 @@ import torch.utils.checkpoint
 import traced_models as models
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from traced_comparison import assert_same
 
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split import SplitPoint, pipe_split, pipeline, split
-
-
-def loss_of(output):
-    return sum(
-        leaf.float().square().sum()
-        for leaf in tree_leaves(vars(output) if hasattr(output, "hidden") else output)
-        if isinstance(leaf, torch.Tensor)
-    )
-
-
-def assert_same(model, pipe, *args, **kwargs):
-    """Output and gradients, bitwise."""
-    found = []
-    for run in (model, pipe):
-        model.zero_grad()
-        torch.manual_seed(1)
-        output = run(*args, **kwargs)
-        loss_of(output).backward()
-        found.append((output, {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}))
-    (mine, gradients), (theirs, others) = found
-    assert type(mine) is type(theirs)
-    for a, b in zip(
-        tree_leaves(getattr(mine, "logits", mine)), tree_leaves(getattr(theirs, "logits", theirs)), strict=True
-    ):
-        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    for name, gradient in gradients.items():
-        assert (gradient is None) == (others[name] is None), name
-        assert gradient is None or torch.equal(gradient, others[name]), name
-
 
 EXAMPLES = {
     "Blocks": lambda n: (torch.randn(n, 6),),
@@ -78,76 +50,6 @@ def test_every_cut_of_in_place_operations_is_right_or_refused(point, other):
     points = sorted({min(point, count - 1), other} & set(range(1, count)))
     sizes = [b - a for a, b in pairwise([0, *points, count])]
     assert_same(model, split(model, x, len(sizes), sizes=sizes), x)
-
-
-def test_where_to_cut_can_be_said():
-    model, x = models.Blocks(count=6), torch.randn(2, 6)
-
-    def firsts(pipe):
-        return [row.layers[0] for row in pipe.report.rows]
-
-    assert firsts(split(model, x, 3, layout="Et|t*4|tL")) == ["stem", "blocks.1", "blocks.5"]
-    assert firsts(split(model, x, 3, sizes=[2, 5, 1])) == ["stem", "blocks.1", "head"]
-    together = split(model, x, 2, costs="flops", together=[["stem", "blocks.4"]])
-    assert firsts(together) == ["stem", "blocks.5"]
-    assert firsts(split(model, x, 2, costs="flops", stage_of={"blocks.1": 1})) == ["stem", "blocks.1"]
-    with pytest.raises(SplitError, match="no module 'block'; did you mean 'blocks'"):
-        split(model, x, 2, costs="flops", stage_of={"block": 1})
-    with pytest.raises(SplitError):
-        split(model, x, 2, costs="flops", stage_of={"stem": 1})
-    with pytest.raises(SplitError, match="costs"):
-        split(model, x, 2, costs="money")
-
-
-def test_memory_moves_the_cut():
-    model, x = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), torch.randn(2, 64)
-    one = 4 * 4 * (64 * 64 + 64)  # parameters in float32, their gradients, and Adam's two moments
-    cut = [split(model, x, 2, costs="flops", memory_limit=limit) for limit in (None, [1.5 * one, 1e9])]
-    assert [[len(row.layers) for row in pipe.report.rows] for pipe in cut] == [[2, 2], [1, 3]]
-    with pytest.raises(SplitError, match="memory"):
-        split(model, x, 2, costs="flops", memory_limit=one)
-
-
-class Initialised(nn.Module):
-    """Knows how to fill itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(6))
-
-    def reset_parameters(self):
-        nn.init.ones_(self.scale)
-
-    def forward(self, x):
-        return x * self.scale
-
-
-def test_of_a_meta_model_only_the_wanted_stage_gets_memory():
-    with torch.device("meta"):
-        model = nn.Sequential(models.Blocks(count=4), nn.Linear(3, 6), Initialised())
-    pipe = split(model, torch.randn(2, 6), 3)
-    stage = pipe.build_stage(1, "cpu")
-    assert not any(tensor.is_meta for tensor in [*stage.parameters(), *stage.buffers()])
-    assert all(p.is_meta for i in (0, 2) for p in pipe.get_stage_module(i).parameters())
-    last = pipe.build_stage(2, init=lambda stage: [nn.init.zeros_(p) for p in stage.parameters()])
-    assert all(not p.any() for p in last.parameters())
-    assert last(stage(torch.randn(5, 6))).shape == (5, 6)
-
-
-class Bare(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.shift = nn.Linear(6, 6), nn.Parameter(torch.ones(6))
-
-    def forward(self, x):
-        return self.a(x) + self.shift
-
-
-def test_memory_that_nobody_fills_is_named():
-    with torch.device("meta"):
-        model = Bare()
-    with pytest.raises(SplitError, match=r"nobody knows how to fill shift: pass init="):
-        split(model, torch.randn(2, 6), 1).build_stage(0)
 
 
 def test_keywords_and_dataclasses():
@@ -308,83 +210,6 @@ def test_python_that_looks_at_sizes():
 class Wide(nn.Module):
     def forward(self, x):
         return x[:, :8] if x.shape[1] > 8 else x
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x * factor
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.factor * 7, None  # not what autograd would find
-
-
-@torch.jit.script
-def scripted(x, shift: float):
-    return x + shift
-
-
-class Settings:
-    shift = 0.5
-
-
-def shifted(x, settings):
-    return x + settings.shift
-
-
-class Opaque(nn.Module):
-    """Calls what looks at types, or has a backward of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.settings = nn.Linear(6, 6), nn.Linear(6, 6), Settings()
-
-    def forward(self, x):
-        x = Double.apply(self.a(x), 2.0)
-        x = scripted(x, 1.0)
-        x = torch.utils.checkpoint.checkpoint(self.b, x, use_reentrant=False)
-        return shifted(x, self.settings) + torch.rand(x.shape[0], 1)
-
-
-@pytest.mark.parametrize("num_stages", [1, 2])
-def test_functions_that_stay_whole(num_stages):
-    model = Opaque()
-    pipe = split(model, torch.randn(2, 6), num_stages, costs="flops", leaf_functions=[shifted])
-    assert_same(model, pipe, torch.randn(3, 6))
-
-
-class Functional(nn.Module):
-    """What symbols cannot pass through, but torch.export can: torch.func, and training that is burnt in there."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.norm, self.b = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
-
-    def forward(self, x, shift=None):
-        x = self.norm(self.a(x))
-        x = torch.func.vmap(lambda row: row * torch.linalg.vector_norm(row))(x)
-        return {"out": nn.functional.dropout(self.b(x), 0.5, self.training) + shift, "name": "functional"}
-
-
-def test_the_second_door_is_torch_export():
-    torch.manual_seed(0)
-    model = Functional()
-    pipe = split(model, torch.randn(4, 6), 2, {"shift": torch.randn(6)}, costs="flops")
-    assert {key for i in range(2) for key in pipe.get_stage_module(i).state_dict()} == set(model.state_dict())
-    reference = copy.deepcopy(model)
-    for training in (True, False):
-        pipe.train(training), reference.train(training)
-        x, shift, found = torch.randn(7, 6), torch.randn(6), []
-        for run in (pipe, reference):
-            torch.manual_seed(1)
-            output = run(x, shift=shift)
-            output["out"].square().sum().backward()
-            found.append(output["out"])
-        assert torch.allclose(*found)
-    assert all(torch.allclose(p.grad, q.grad) for p, q in zip(model.parameters(), reference.parameters(), strict=True))
-    assert torch.equal(model.norm.running_mean, reference.norm.running_mean)
 
 
 class Data(nn.Module):

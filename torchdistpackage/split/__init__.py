@@ -11,7 +11,9 @@
 `sequential.py`      a list of layers -> a row -> one stage's slice of it
 `execution_order.py` the list, found by tracing
 `traced.py`          any model -> stages, by tracing: `split` and `pipeline`
-`tracer.py`          the forward as a graph of whole modules; `symbols.py`, `operations.py`, `untraceable.py` serve it
+`tracer.py`          the forward as a graph of whole modules; `symbols.py`, `operations.py`, `recordable.py`,
+                     `recording.py`, `marks.py`, `patches.py`, `type_answers.py` and `untraceable.py` serve it
+`unrepeatable.py`    what Python does in a forward and no recording holds: it is noticed, and not cut through
 `graph.py`           the graph as a row that can be cut: what crosses a cut, where none may be
 `cutting.py`         measures (`unit_costs.py`), cuts, opens what is too large to balance around
 `building.py`        the cut graph -> `Pipe` (`pipe.py`) of `TracedStage`s (`traced_stage.py`)

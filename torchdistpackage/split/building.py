@@ -14,9 +14,9 @@ from torchdistpackage.split.calls import undisturbed
 from torchdistpackage.split.cutting import Cut, matched, record_as_is
 from torchdistpackage.split.graph import Layout, Row
 from torchdistpackage.split.pipe import Pipe
+from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.signature import Calling, Example, Returning
 from torchdistpackage.split.traced_stage import Code, TracedStage, assemble, make_code, put
-from torchdistpackage.split.tracer import Recording
 from torchdistpackage.split.untraceable import Untraceable
 
 __all__ = ["Pieces", "alike", "apply_cut", "make_pieces"]

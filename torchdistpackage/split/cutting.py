@@ -14,7 +14,7 @@ import difflib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, final
 
@@ -27,11 +27,13 @@ from torchdistpackage.split.calls import CallCost, undisturbed
 from torchdistpackage.split.exported import record_exported
 from torchdistpackage.split.graph import Row
 from torchdistpackage.split.layout_string import layout_boundaries
+from torchdistpackage.split.recordable import has_hooks
+from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.report import SplitReport, StageRow
 from torchdistpackage.split.signature import Example
-from torchdistpackage.split.symbols import LooksAtNumbers
-from torchdistpackage.split.tracer import Recording, has_hooks, record
+from torchdistpackage.split.tracer import record
 from torchdistpackage.split.unit_costs import UnitCosts, parameters_of
+from torchdistpackage.split.unrepeatable import Unrepeatable
 from torchdistpackage.split.untraceable import Untraceable
 
 __all__ = ["Cut", "Wishes", "closed_again", "find_cut", "matched", "record_as_is", "report_of"]
@@ -93,8 +95,8 @@ def record_as_is(
             if error.path and error.path not in closed:
                 closed.add(error.path)
                 continue
-            of_model = isinstance(error.__cause__, LooksAtNumbers) and "/torch/" not in error.where
-            if example is None or options.get("marks_at") or of_model:  # torch.export cannot know those either
+            needs_run = isinstance(error.__cause__, Unrepeatable) and "/torch/" not in error.where
+            if example is None or options.get("marks_at") or needs_run:  # torch.export cannot know those either
                 raise
             with undisturbed([model], tensors):
                 return record_exported(model, example, error, options.get("prefix", "t"))
@@ -130,9 +132,26 @@ def find_cut(model: nn.Module, example: Example, wishes: Wishes) -> Cut:
     if best is None:
         assert problem is not None
         raise problem
+    if more := _closed_in_other_mode(model, example, best, wishes):
+        return find_cut(model, example, replace(wishes, closed={*wishes.closed, *more}))
     report = report_of(best.row, best.costs, best.loads, best.boundaries, model, wishes.costs)
     options = {"leaf_functions": wishes.leaf_functions}
     return closed_again(model, example, best.row, Cut(best.opened, best.closed, best.boundaries, report), options)
+
+
+def _closed_in_other_mode(model: nn.Module, example: Example, draft: _Draft, wishes: Wishes) -> set[str]:
+    """The modules that this cut has opened and that cannot be recorded in the other mode: they stay whole in both.
+
+    A module that is whole in training and cut in evaluation would change its buffers on one stage and use them on two.
+    """
+    closed = set(draft.closed)
+    with undisturbed([model]):
+        model.train(not model.training)
+        try:
+            record_as_is(model, example, draft.opened, closed, leaf_functions=wishes.leaf_functions)
+        except (Untraceable, SplitError):
+            pass  # there will be no stages for this mode, which they say
+    return closed - set(draft.closed)
 
 
 def closed_again(model: nn.Module, example: Example | None, row: Row, cut: Cut, options: Mapping[str, Any]) -> Cut:

@@ -10,15 +10,20 @@ Everything that is known of torch's export is in this file; what it returns is a
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
-from torchdistpackage.split.operations import arguments_of, call_object, outside, run_node
+from torchdistpackage.split.operations import arguments_of, check_holds, outside, run_node
+from torchdistpackage.split.recordable import versions
+from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.signature import Example, bound_arguments
-from torchdistpackage.split.tracer import Recording, versions
+from torchdistpackage.split.unrepeatable import as_they_were, unrepeated, watched
 from torchdistpackage.split.untraceable import Untraceable, reason_of
 
 __all__ = ["record_exported"]
@@ -40,9 +45,12 @@ def record_exported(model: nn.Module, example: Example, refused: Untraceable, pr
     leaves, inputs = pytree.tree_flatten(bound)
     fixed = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     try:
-        program = torch.export.export(
-            model, example.args, dict(example.kwargs), dynamic_shapes=pytree.tree_map(_any_size, bound), strict=False
-        )
+        with as_they_were(model), _nothing_lost(model), unrepeated(model) as check:
+            shapes = pytree.tree_map(_any_size, bound)
+            program = torch.export.export(
+                model, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=False
+            )
+            check("")
         module = program.module()
         assert isinstance(module, fx.GraphModule)
         return _as_recording(model, module, leaves, inputs, fixed, prefix)
@@ -76,6 +84,26 @@ def _as_recording(
     )
 
 
+@contextmanager
+def _nothing_lost(model: nn.Module) -> Iterator[None]:
+    """Inside, what torch.export would drop without a word is an error: backward hooks, and backwards of one's own."""
+    if hooked := [n for n, m in model.named_modules() if vars(m)["_backward_hooks"] or vars(m)["_backward_pre_hooks"]]:
+        raise TraceError(f"{hooked[0]} has backward hooks")
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise TraceError("the forward registers hooks on tensors, or calls a torch.autograd.Function")
+
+    register, apply = torch.Tensor.register_hook, vars(torch.autograd.Function)["apply"]
+    try:
+        torch.Tensor.register_hook = stopped  # type: ignore[method-assign]
+        torch.autograd.Function.apply = stopped
+        with watched(model, lambda: False, tensors=False):
+            yield
+    finally:
+        torch.Tensor.register_hook = register  # type: ignore[method-assign]
+        torch.autograd.Function.apply = apply
+
+
 @final
 class _Replay:
     """Copies an exported graph node by node and runs it on the way, for the values and for what changes in place."""
@@ -105,7 +133,7 @@ class _Replay:
         kwargs: Any = fx.node.map_arg(node.kwargs, self.copied.__getitem__)
         if node.op == "call_module":  # the checks of what the example has fixed
             check, _ = self._attribute(str(node.target))
-            made = self.graph.call_function(call_object, (check, *args), kwargs)
+            made = self.graph.call_function(check_holds, (check, *args), kwargs)
         else:
             made = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         before = {n: versions(self.values[n]) for n in made.all_input_nodes}

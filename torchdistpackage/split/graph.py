@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torchdistpackage.split.operations import check_same
-from torchdistpackage.split.tracer import Recording, pipe_split
+from torchdistpackage.split.marks import pipe_split
+from torchdistpackage.split.operations import ASKS_FOR_GRADIENTS, check_holds, check_same
+from torchdistpackage.split.recording import Recording
 
 __all__ = ["Flow", "Layout", "Row"]
 
@@ -80,13 +81,13 @@ class Row:
     def rides(self, node: fx.Node) -> bool:
         """Whether the node is computed where its input is made."""
         if node.op == "call_method":
-            return node.target in _SIZES
+            return node.target in _SIZES or node.target in ASKS_FOR_GRADIENTS
         if node.op != "call_function":
             return False
-        if node.target is check_same or "sym_size" in str(node.target):
+        if node.target in (check_same, check_holds) or "sym_size" in str(node.target):
             return True
-        if node.target is getattr:
-            return not self._is_tensor(node)
+        if node.target is getattr:  # of a tensor, or an entry of a named tuple
+            return not self._is_tensor(node) or not isinstance(self.recording.values.get(node.args[0]), Tensor)  # type: ignore[arg-type]
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
         if not inputs or any(self._is_tensor(n) for n in inputs):
             return False
@@ -107,7 +108,7 @@ class Row:
             for value in node.all_input_nodes:
                 if value.op != "get_attr":
                     found[value].append(node)
-        return found
+        return dict(found)
 
     @cached_property
     def output(self) -> fx.Node:
@@ -168,6 +169,9 @@ class Row:
             if foreign := [kind for kind in kinds if not issubclass(kind, _TRAVELS)]:
                 reason = f"a {foreign[0].__name__} ({value.name}) would have to travel to another stage"
                 found.update(dict.fromkeys(range(begin, end), reason))
+            elif not _can_be_rebuilt(self.recording.values.get(value)):
+                reason = f"{value.name} is in a container that another rank cannot rebuild, such as a named tuple"
+                found.update(dict.fromkeys(range(begin, end), reason))
         for index, node in enumerate(self.nodes):
             if node.meta.get("inside") or "decrement_nesting" in str(node.target):
                 found[index] = "it would be inside of a transform of torch.func"
@@ -201,7 +205,7 @@ class Row:
             at, touched = self.place[changer], {id(leaf) for n in changed for leaf in pytree.tree_leaves(values[n])}
             for n in changed:
                 if n.op == "get_attr":
-                    others = [self.place.get(u, len(self.nodes)) for u in n.users]
+                    others = [i for i, node in enumerate(self.nodes) if self._reads(node, values[n])]
                     yield min(others) + 1, max(others) + 1, f"{n.target} is changed in place by {changer.name}"
                     continue
                 if n.meta.get("inside"):
@@ -209,10 +213,15 @@ class Row:
                 group = [m for leaf in _tensors(values[n]) for m in members[leaf.untyped_storage()._cdata]]
                 first = min(self.place[value] for value, _ in group)
                 for value, identity in group:
-                    later = any(self.place.get(u, len(self.nodes)) > at for u in self.uses[value])
+                    later = any(self.place.get(u, len(self.nodes)) > at for u in self.uses.get(value, ()))
                     if identity not in touched and self.place[value] < at and later:
                         reason = f"{value.name} and {n.name} share memory that {changer.name} changes in place"
                         yield max(first, 0) + 1, at + 1, reason
+
+    def _reads(self, node: fx.Node, tensor: Any) -> bool:
+        """Whether a node uses a parameter or buffer, itself or in the module that it calls."""
+        given = any(n.op == "get_attr" and self.recording.values.get(n) is tensor for n in node.all_input_nodes)
+        return given or id(tensor) in node.meta.get("tensors", ())
 
     def _stateful(self) -> Iterator[tuple[int, int, str]]:
         """Between the calls of one module that changes its buffers (batch norm)."""
@@ -305,6 +314,16 @@ class Layout:
     def nodes_of(self, stage: int) -> list[fx.Node]:
         """What a stage computes, in order."""
         return [node for node in self.row.nodes if self.stage_of[node] == stage]
+
+
+def _can_be_rebuilt(value: Any) -> bool:
+    if isinstance(value, _TRAVELS):
+        return True
+    try:
+        pytree.treespec_dumps(pytree.tree_structure(value))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _tensors(value: Any) -> list[Tensor]:

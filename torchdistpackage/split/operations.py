@@ -17,16 +17,29 @@ from torch.utils import _pytree as pytree
 from torchdistpackage.errors import SplitError
 
 __all__ = [
+    "ASKS_FOR_GRADIENTS",
     "Ambient",
     "apply_function",
     "arguments_of",
     "call_object",
+    "check_holds",
     "check_same",
     "device_of",
     "outside",
     "run_inside",
     "run_node",
+    "same",
 ]
+
+
+# A hook gets the whole gradient of a tensor only where the tensor is made: elsewhere it is one of several users.
+ASKS_FOR_GRADIENTS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook")
+
+
+def same(value: Any) -> Any:
+    """A value that is compared by identity, as it is."""
+    return value
+
 
 _LOOKS: dict[str, Callable[[Any], Any]] = {
     "bool": bool,
@@ -34,6 +47,7 @@ _LOOKS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "len": len,
     "index": operator.index,
+    "same": same,
 }
 
 
@@ -102,6 +116,21 @@ def check_same(value: Any, kind: str, expected: Any, where: str) -> None:
             "here: Python would go another way. Split with an example like this input, or name the module around that "
             "line in leaf_modules, so that its Python runs as it is"
         )
+
+
+def check_holds(check: Any, *args: Any) -> None:
+    """Runs the checks of an exported forward.
+
+    Raises:
+        SplitError: This input is unlike the example.
+    """
+    try:
+        check(*args)
+    except (AssertionError, RuntimeError) as error:
+        raise SplitError(
+            f"the forward was split for other inputs ({error}): Python would go another way. Split with an example "
+            "like this input"
+        ) from error
 
 
 def device_of(*values: Any) -> torch.device:

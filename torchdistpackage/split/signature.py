@@ -114,7 +114,13 @@ class Calling:
     def takes_several(self, values: Sequence[Any]) -> bool:
         """Whether a list is meant as all positional arguments: the example had as many, and not one list."""
         places = list(self._places.values())
-        return len(places) == len(values) and (len(places) > 1 or isinstance(places[0], int))
+        if len(places) == len(values) and (len(places) > 1 or isinstance(places[0], int)):
+            return True
+        try:
+            bound = self.signature.bind(*values).arguments
+        except TypeError:
+            return False
+        return len(values) > 1 and pytree.tree_structure(dict(bound)) == self.spec  # forward(self, *tensors)
 
     def takes_by_name(self, values: Mapping[str, Any]) -> bool:
         """Whether a dict is meant as keyword arguments: it has their names, and no argument is a dict itself."""

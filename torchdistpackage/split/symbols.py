@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dis
+import enum
 import functools
 import inspect
 import operator
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, Protocol, final
@@ -17,33 +17,29 @@ from typing import Any, Protocol, final
 import torch
 import torch.overrides
 import torch.utils.checkpoint
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.proxy import TraceError
-from torch.utils.checkpoint import checkpoint
 
-from torchdistpackage.split.operations import apply_function
+from torchdistpackage.split.operations import same
 from torchdistpackage.split.signature import UNKNOWN
+from torchdistpackage.split.unrepeatable import Unrepeatable
 
 __all__ = [
+    "BY_IDENTITY",
     "LooksAtNumbers",
     "Stale",
     "Symbol",
+    "contents_of",
     "depends_on_numbers",
     "line_of_model",
     "line_raised",
-    "opaque_functions",
-    "recorded_factories",
     "replace_stale",
+    "written_global",
 ]
 
-_MACHINERY = (__file__, __file__.replace("symbols.py", "tracer.py"))
+_OWN = ("symbols", "tracer", "unrepeatable", "marks", "recordable", "type_answers", "patches")
+_MACHINERY = tuple(__file__.replace("symbols", name) for name in _OWN)
 
-# Called without symbols they would run once, here; recorded they run in every step, on the device of that day.
-_FACTORIES = (
-    "arange bernoulli empty empty_like eye full full_like linspace logspace multinomial normal ones ones_like rand "
-    "rand_like randint randint_like randn randn_like randperm scalar_tensor tensor tril_indices triu_indices zeros "
-    "zeros_like"
-).split()
 # The size of what they return depends on the numbers in a tensor,
 _OF_NUMBERS = (
     "nonzero argwhere masked_select unique unique_consecutive bincount item tolist nms batched_nms combinations"
@@ -56,7 +52,7 @@ _AS_FIRST = (
 ).split()
 
 
-class LooksAtNumbers(TraceError):
+class LooksAtNumbers(Unrepeatable):
     """Python wants the numbers in a tensor: no way of recording can know which way it goes."""
 
 
@@ -96,8 +92,13 @@ class Symbol(fx.Proxy):
         if value is not UNKNOWN:
             if not hasattr(value, name):
                 raise AttributeError(f"{type(value).__name__} has no attribute {name!r}")
-            if getattr(value, name) is None:  # Python asks for None by identity
+            if name in _OF_AUTOGRAD and isinstance(value, Tensor):
+                raise TraceError(f"the forward looks at .{name}, which is not known before autograd runs")
+            if getattr(value, name) is None:
                 return None
+            known = isinstance(getattr(value, name), BY_IDENTITY) and not isinstance(value, Tensor)
+            if known or (name in ("dtype", "layout") and _compares_identity(sys._getframe(1))):
+                return self.tracer.look(_Attribute(self, name), same)
             if isinstance(value, dict) and name in ("items", "values", "keys"):
                 pairs = {
                     "items": lambda: [(key, self[key]) for key in value],
@@ -148,6 +149,13 @@ class Symbol(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __format__(self, spec: str) -> str:
+        value = self.tracer.value_of(self)
+        return format(self.tracer.look(self, type(value)), spec) if type(value) in (int, float) else str(self)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
     def __round__(self, digits: int | None = None) -> Any:
         return self.tracer.create_proxy("call_function", round, (self, digits), {})
 
@@ -164,6 +172,8 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
 for _name in "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split():
     setattr(Symbol, f"__{_name}__", _in_place(_name))
 
+BY_IDENTITY = (bool, enum.Enum, type, torch.dtype, torch.layout)  # what Python asks for with `is`
+_OF_AUTOGRAD = ("requires_grad", "grad_fn", "grad", "is_leaf")
 _KINDS = (Tensor, tuple, list, dict, bool, int, float, str)
 
 
@@ -200,12 +210,32 @@ def _current(frame: FrameType) -> tuple[list[dis.Instruction], int]:
 def _calls_isinstance(frame: FrameType) -> bool:
     """Whether what the frame calls now is `isinstance(name, type or types)`, in this spelling."""
     listing, at = _current(frame)
+    if listing[at].opname == "MATCH_CLASS":
+        return True
     for instruction in reversed(listing[max(0, at - 24) : at]):
         if instruction.opname.startswith("LOAD_GLOBAL") and instruction.argval == "isinstance":
             return True
         if instruction.opname.startswith(("CALL", "STORE", "POP_JUMP", "RETURN")):
             return False
     return False
+
+
+def _compares_identity(frame: FrameType) -> bool:
+    """Whether what the frame reads now is compared with `is`, which a symbol cannot answer."""
+    listing, at = _current(frame)
+    for instruction in listing[at + 1 : at + 6]:
+        if instruction.opname == "IS_OP":
+            return True
+        if not instruction.opname.startswith(("LOAD", "CACHE")):
+            return False
+    return False
+
+
+def written_global(forward: Any) -> str | None:
+    """A global variable that a forward sets."""
+    code = getattr(forward, "__code__", None)
+    found = [i.argval for i in _instructions(code) if i.opname == "STORE_GLOBAL"] if code is not None else []
+    return str(found[0]) if found else None
 
 
 def _unpacked(frame: FrameType) -> int:
@@ -229,9 +259,10 @@ def line_of_model() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "?"
 
 
-def line_raised(error: BaseException) -> str:
-    """The last line of the model's code on the way to an error."""
-    where, trace = "?", error.__traceback__
+def line_raised(error: BaseException, forward: Any) -> str:
+    """The last line of the model's code on the way to an error, or where its forward begins."""
+    code = getattr(forward, "__code__", None)
+    where, trace = "?" if code is None else f"{code.co_filename}:{code.co_firstlineno}", error.__traceback__
     while trace is not None:
         if not _is_machinery(trace.tb_frame):
             where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
@@ -261,7 +292,7 @@ def depends_on_numbers(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
 class Stale:
     """Stands in a list of the forward for an entry of which only the module knows that has replaced it."""
 
-    index: int
+    index: Any
 
 
 def replace_stale(given: Any, now: Any, was: Any) -> None:
@@ -272,72 +303,39 @@ def replace_stale(given: Any, now: Any, was: Any) -> None:
         now: The same arguments as values, as the module has left them.
         was: As it was given them.
     """
-    if type(given) in (list, tuple):
-        for index, (mine, new, old) in enumerate(zip(given, now, was, strict=False)):
-            if type(given) is list and new is not old and isinstance(mine, fx.Proxy):
-                given[index] = Stale(index)
+    if type(given) is tuple:
+        for mine, new, old in zip(given, now, was, strict=False):
             replace_stale(mine, new, old)
+    elif type(given) is list:
+        del given[len(now) :]
+        for index, new in enumerate(now):
+            if index >= len(given):
+                given.append(Stale(index))
+            elif _is_replaced(given[index], new, was[index]):
+                given[index] = Stale(index)
+            else:
+                replace_stale(given[index], new, was[index])
     elif type(given) is dict:
-        for key in list(given):
-            replace_stale(given[key], now.get(key), was.get(key))
+        for key in [key for key in given if key not in now]:
+            del given[key]
+        for key, new in now.items():
+            if key not in given or _is_replaced(given[key], new, was[key]):
+                given[key] = Stale(key)
+            else:
+                replace_stale(given[key], new, was[key])
 
 
-def opaque_functions(model: nn.Module) -> list[Callable[..., Any]]:
-    """Functions that look at the type of what they get, or compute elsewhere: they stay nodes wherever they are called.
-
-    Checkpointing, functions that were compiled by TorchScript, and einops.
-    """
-    einops = sys.modules.get("einops")
-    names = "rearrange reduce repeat einsum pack unpack".split()
-    found = [checkpoint, *(getattr(einops, name) for name in names if hasattr(einops, name))]
-    spaces = {id(space): space for m in model.modules() if (space := getattr(type(m).forward, "__globals__", None))}
-    for space in spaces.values():
-        found += [value for value in space.values() if isinstance(value, torch.jit.ScriptFunction)]
-    return found
+def _is_replaced(mine: Any, new: Any, old: Any) -> bool:
+    containers = (list, tuple, dict)
+    if isinstance(mine, fx.Proxy) or isinstance(new, Tensor):
+        return new is not old
+    return type(new) is not type(old) or not (isinstance(mine, containers) or new is old or new == old)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported: what it makes of tensors is its own, and must not be a symbol."""
-    while frame is not None and frame.f_code.co_filename != _MACHINERY[1]:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
-@contextmanager
-def recorded_factories(tracer: ValueTracer) -> Iterator[None]:
-    """Inside, functions that make tensors of nothing become nodes as well, and custom autograd functions stay whole."""
-    torch.overrides.get_testing_overrides()  # torch makes these tables once, and of what it finds then
-    torch.overrides.is_tensor_method_or_property(torch.Tensor.add)
-    kept: list[tuple[Any, str, Any]] = [(torch, name, getattr(torch, name)) for name in _FACTORIES]
-    kept += [(torch, "finfo", torch.finfo), (torch, "iinfo", torch.iinfo)]  # of a dtype that is a symbol
-    kept.append((torch.utils.checkpoint, "checkpoint", checkpoint))
-    apply = vars(torch.autograd.Function)["apply"]
-    recording = [tracer]  # emptied at the end: a module that is imported meanwhile may keep these functions for good
-
-    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            plain = not recording or recording[0].is_busy or _is_importing(sys._getframe(1))
-            if plain or (isinstance(function, type) and not isinstance(args[0] if args else None, fx.Proxy)):
-                return function(*args, **kwargs)
-            return recording[0].create_proxy("call_function", function, args, kwargs)
-
-        return call if isinstance(function, type) else functools.wraps(function)(call)
-
-    def recorded_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        symbols = any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values()))
-        if not symbols or not recording or recording[0].is_busy:
-            return apply.__get__(None, cls)(*args, **kwargs)
-        return recording[0].create_proxy("call_function", apply_function, (cls, *args), kwargs)
-
-    try:
-        for home, name, function in kept:
-            setattr(home, name, recorded(function))
-        torch.autograd.Function.apply = classmethod(recorded_apply)
-        yield
-    finally:
-        recording.clear()
-        torch.autograd.Function.apply = apply
-        for home, name, function in kept:
-            setattr(home, name, function)
+def contents_of(value: Any) -> Any:
+    """What is in the lists and dicts of a value, by identity: nothing may write into what another node has returned."""
+    if isinstance(value, list):
+        return [(id(entry), contents_of(entry)) for entry in value]
+    if isinstance(value, dict):
+        return [(key, id(entry), contents_of(entry)) for key, entry in value.items()]
+    return [contents_of(entry) for entry in value] if type(value) is tuple else None

@@ -25,9 +25,9 @@ from torchdistpackage.split.building import apply_cut
 from torchdistpackage.split.calls import undisturbed
 from torchdistpackage.split.cutting import Cut, Wishes, closed_again, find_cut, record_as_is, report_of
 from torchdistpackage.split.graph import Row
+from torchdistpackage.split.marks import pipe_split
 from torchdistpackage.split.pipe import Pipe
 from torchdistpackage.split.signature import Example
-from torchdistpackage.split.tracer import pipe_split
 from torchdistpackage.split.unit_costs import UnitCosts
 from torchdistpackage.split.untraceable import refusals
 

@@ -26,8 +26,8 @@ from torchdistpackage.errors import SplitError
 from torchdistpackage.schedule.routing import Routed
 from torchdistpackage.split.graph import Layout
 from torchdistpackage.split.operations import device_of, run_inside
+from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.signature import Calling, Returning
-from torchdistpackage.split.tracer import Recording
 
 __all__ = ["Code", "TracedStage", "assemble", "make_code", "put"]
 
@@ -308,7 +308,11 @@ class _Copier:
         if ambient is None:
             self._made[node] = self._graph.create_node(node.op, node.target, args, kwargs, node.name)
             return
-        callee: Any = self._graph.get_attr(str(node.target)) if node.op == "call_module" else node.target
+        callee: Any = node.target
+        if node.op == "call_module":
+            callee = self._graph.get_attr(str(node.target))
+        elif callable(callee):  # a built-in function has no name that could be written as an argument
+            callee = self._constant(callee)
         inside, usual = self._constant(ambient), self._constant(self._recording.usual)
         self._made[node] = self._graph.call_function(run_inside, (inside, usual, callee, *args), kwargs)
 

@@ -17,13 +17,10 @@ names, hooks, training flag and whatever control flow it has inside. Neighbours:
 
 from __future__ import annotations
 
-import functools
-import sys
+import operator
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from types import FunctionType, MethodType
 from typing import Any, final
 
 import torch
@@ -31,75 +28,47 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
-from torchdistpackage.split.operations import Ambient, arguments_of, call_object, check_same, outside, run_node
+from torchdistpackage.split.marks import listening, pipe_split
+from torchdistpackage.split.operations import arguments_of, call_object, check_same, outside, run_node, same
+from torchdistpackage.split.patches import opaque_functions, recorded_factories
+from torchdistpackage.split.recordable import (
+    asks_for_gradients,
+    check_recordable,
+    has_hooks,
+    has_name,
+    is_plain_sequence,
+    may_write,
+    named_tensors,
+    same_objects,
+    versions,
+)
+from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.signature import UNKNOWN, Example, bound_arguments, call_arguments, opened_dataclasses
 from torchdistpackage.split.symbols import (
+    BY_IDENTITY,
     LooksAtNumbers,
     Stale,
     Symbol,
+    contents_of,
     depends_on_numbers,
     line_of_model,
     line_raised,
-    opaque_functions,
-    recorded_factories,
     replace_stale,
+    written_global,
+)
+from torchdistpackage.split.type_answers import answering_types
+from torchdistpackage.split.unrepeatable import (
+    RecordedParameters,
+    Unrepeatable,
+    as_they_were,
+    check_held,
+    random_as_it_was,
+    unrepeated,
+    watched,
 )
 from torchdistpackage.split.untraceable import Untraceable, reason_of
 
-__all__ = ["Recording", "has_hooks", "is_plain_sequence", "pipe_split", "record", "versions"]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A forward as a graph, in the order of execution.
-
-    Attributes:
-        graph: `node.meta` has `stack` (the opened modules whose forwards made it, each with the number of that call),
-            `where` (file and line) and, where it is not the usual one, `ambient` (a context to run in). The output's
-            argument is a flat tuple.
-        values: What every node gave on the example; empty without one.
-        changed: Node -> the nodes whose tensors it changed in place.
-        constants: What else the forward uses, by the names of the nodes: tensors that are neither parameters nor
-            buffers, and objects that cannot be written down in code.
-        inputs: Structure of the bound arguments; leaves that are no tensors are in `fixed`.
-        fixed: Place among the leaves of `inputs` -> the value that the recording holds for.
-        output: Structure of what the forward returns.
-        literals: Place among the leaves of `output` -> a value that is the same in each run.
-        hidden_marks: Names of modules that are nodes and have called `pipe_split` inside.
-        usual: The contexts around the forward.
-    """
-
-    graph: fx.Graph
-    values: dict[fx.Node, Any]
-    changed: dict[fx.Node, tuple[fx.Node, ...]]
-    constants: dict[str, Any]
-    inputs: pytree.TreeSpec
-    fixed: dict[int, Any]
-    output: pytree.TreeSpec
-    literals: dict[int, Any]
-    hidden_marks: frozenset[str]
-    usual: Ambient
-
-
-def pipe_split() -> None:
-    """Marks a place in a forward where a stage ends; does nothing when the model runs.
-
-    `pipeline(module, example)` cuts at the marks, at whatever depth they stand.
-
-    Example:
-        >>> class Model(nn.Module):
-        ...     def forward(self, x):
-        ...         x = x + 1
-        ...         pipe_split()
-        ...         return x * 2
-        >>> Model()(torch.ones(1))
-        tensor([4.])
-    """
-    if _recorders:
-        _recorders[-1].mark()
-
-
-_recorders: list[_Recorder] = []  # the one that records now
+__all__ = ["record"]
 
 
 def record(
@@ -151,7 +120,7 @@ class _Recorder(fx.Tracer):
         names = [*opened, *(name.rpartition(".")[0] for name in marks_at)]
         self._opened = {name.rsplit(".", up)[0] for name in names for up in range(name.count(".") + 1)}
         self._closed = set(closed) - self._opened
-        self._by_name: dict[str, Any] = dict(_named_tensors(model))
+        self._by_name: dict[str, Any] = dict(named_tensors(model))
         self._tensors = {id(tensor): name for name, tensor in reversed(self._by_name.items())}
         self._attributes: dict[str, Any] = {}
         self._thread = threading.get_ident()
@@ -160,41 +129,43 @@ class _Recorder(fx.Tracer):
         self._calls = 0
         self._running = ""  # the module that is computing a value
         self._hidden_marks: set[str] = set()
+        self._check: Callable[[str], None]
+        self._failed: Exception | None = None  # of an operation
+        self._contents: dict[int, tuple[nn.Parameter, Tensor]] = {}  # of parameters that the forward writes into
         self._usual = outside()
-        self._meta = any(tensor.is_meta for _, tensor in _named_tensors(model))
+        self._meta = any(tensor.is_meta for _, tensor in named_tensors(model))
         self.values: dict[fx.Node, Any] = {}
         self.changed: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.constants: dict[str, Any] = {}
 
     def run(self) -> Recording:
         """Records."""
-        kept = [(module, dict(vars(module))) for module in self._model.modules()]
-        _recorders.append(self)
+        check_recordable(self._model)
         try:
-            with torch.enable_grad(), recorded_factories(self):
+            with (
+                as_they_were(self._model),  # a forward may leave symbols in its module
+                listening(self.mark),
+                random_as_it_was(),
+                watched(self._model, lambda: self._busy, value_of=self._value),
+                unrepeated(self._model) as self._check,
+                torch.enable_grad(),
+                recorded_factories(self),
+                answering_types(self._model, self._value),
+                RecordedParameters(lambda value: self.getattr("", value, {}), lambda: self._busy),
+            ):
                 self._usual = outside()
                 graph = self.trace(self._model)
+                self._forward_done("", self._model.forward)
         except Untraceable:
             raise
         except Exception as error:
-            raise Untraceable("", line_raised(error), reason_of(error)) from error
+            raise Untraceable("", line_raised(error, self._model.forward), reason_of(error)) from error
         finally:
-            _recorders.pop()
-            for module, attributes in kept:  # a forward may leave symbols in its module
-                vars(module).clear()
-                vars(module).update(attributes)
-        return Recording(
-            graph,
-            self.values,
-            self.changed,
-            self.constants,
-            self._inputs,
-            self._fixed,
-            self._output,
-            self._literals,
-            frozenset(self._hidden_marks),
-            self._usual,
-        )
+            with torch.no_grad():
+                for parameter, content in self._contents.values():
+                    parameter.copy_(content)
+        structure, marks = (self._inputs, self._fixed, self._output, self._literals), frozenset(self._hidden_marks)
+        return Recording(graph, self.values, self.changed, self.constants, *structure, marks, self._usual)
 
     @property
     def is_busy(self) -> bool:
@@ -212,6 +183,19 @@ class _Recorder(fx.Tracer):
         """What a symbol is on the example."""
         return self.values.get(symbol.node, UNKNOWN)
 
+    def _forward_done(self, path: str, forward: Any) -> None:
+        """Looks whether the forward of an opened module has done what a recording does not hold."""
+        self._check(path)
+        if self._failed is not None:
+            raise Unrepeatable(f"the forward catches an error, and goes on: {reason_of(self._failed)}")
+
+        if name := written_global(forward):
+            raise Unrepeatable(f"the forward sets the global {name}, and no stage would do that")
+
+    def _value(self, value: Any) -> Any:
+        """What a symbol stands for; any other value as it is."""
+        return self.values.get(value.node, UNKNOWN) if isinstance(value, fx.Proxy) else value
+
     def look(self, symbol: Symbol, kind: Callable[[Any], Any]) -> Any:
         """Python wants to know a number. Later runs check that it is the same."""
         value = self.value_of(symbol)
@@ -221,9 +205,7 @@ class _Recorder(fx.Tracer):
         if symbol.node.meta.get("of_numbers"):
             raise LooksAtNumbers(f"{kind.__name__}() looks at a size that depends on the numbers in a tensor")
         if isinstance(value, Tensor) and kind is not len:
-            raise LooksAtNumbers(
-                f"{kind.__name__}() looks at the numbers in a tensor, which differ from batch to batch"
-            )
+            raise LooksAtNumbers(f"{kind.__name__}() looks at the numbers in a tensor, new ones in each batch")
         found = kind(value)
         self.create_proxy("call_function", check_same, (symbol, kind.__name__, found, where), {})
         return found
@@ -260,10 +242,11 @@ class _Recorder(fx.Tracer):
             self._stack.append((path, self._calls))
             try:
                 result = forward(*args, **kwargs)
+                self._forward_done(path, forward)
             except Untraceable:
                 raise
             except Exception as error:
-                raise Untraceable(path, line_raised(error), reason_of(error)) from error
+                raise Untraceable(path, line_raised(error, m.forward), reason_of(error)) from error
             finally:
                 self._stack.pop()
         if at == "end":
@@ -296,17 +279,18 @@ class _Recorder(fx.Tracer):
             return node
         if isinstance(a, torch.Size):
             return tuple(a)
+        if isinstance(a, torch.Generator):
+            raise Unrepeatable("the forward draws from a torch.Generator, of which each stage would have its own")
         try:
             return super().create_arg(a)
         except NotImplementedError:  # an object of the user's, as it is
-            if any(isinstance(value, fx.Proxy) for value in getattr(a, "__dict__", {}).values()):
-                raise
             return self._constant(a)
 
     def _constant(self, value: Any) -> fx.Node:
         """Something that is neither a parameter nor a buffer nor written down in code: the stage keeps it."""
         name = next((name for name, other in self.constants.items() if other is value), None)
         if name is None:
+            check_held(value, self._model)
             name = f"_constants.{self._prefix}{len(self.constants)}"
             self._by_name[name] = self.constants[name] = value
         return self._attribute(name)
@@ -327,7 +311,7 @@ class _Recorder(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
         """Makes the node and computes its value. None is not a symbol: Python asks for it by identity."""
-        if kind == "call_function" and not _has_name(target):
+        if kind == "call_function" and not has_name(target):
             name = getattr(target, "__name__", "")
             args, target, named = (target, *args), call_object, {"name": name if name.isidentifier() else "function"}
         symbol = super().create_proxy(kind, target, args, kwargs, *more, **named)
@@ -335,35 +319,56 @@ class _Recorder(fx.Tracer):
             return symbol
         node = symbol.node
         if self._example is not None:
-            value = self._compute(node, (args, kwargs))
+            self._busy = True
+            try:
+                value = self._compute(node, (args, kwargs))
+            except Exception as error:
+                self._failed = error
+                raise
+            finally:
+                self._busy = False
             self.values[node] = value
             if value is None:
                 return None
+            picked = kind == "call_module" or target is operator.getitem
+            if picked and isinstance(value, (*BY_IDENTITY, str)):  # Python asks `is`, or takes it for a key
+                return self.look(symbol, same)  # type: ignore[arg-type]
         return symbol
 
     def _compute(self, node: fx.Node, given: Any) -> Any:
         if node.op == "get_attr":
             return self._by_name[str(node.target)]
         before = {n: versions(self.values[n]) for n in node.all_input_nodes}
+        contents = [contents_of(self.values[n]) for n in before]
         module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
         buffers = [] if module is None else list(module.buffers())
+        held = [] if module is None else [(dict(vars(m)), dict(m._buffers)) for m in module.modules()]
+        node.meta["tensors"] = {id(tensor) for _, tensor in named_tensors(module)} if module is not None else ()
         node.meta["trains"] = module is not None and any(p.requires_grad for p in module.parameters())
         statistics = versions(buffers)
         args, kwargs = arguments_of(node, self.values)
-        self._busy, self._running = True, str(node.target) if node.op == "call_module" else ""
-        try:
-            # Without a graph, which would hold the whole forward; what a meta model makes is on the meta device.
-            with torch.no_grad(), torch.device("meta") if self._meta else nullcontext():
-                value = run_node(self._model, node, args, kwargs)
-        finally:
-            self._busy = False
+        self._running = str(node.target) if node.op == "call_module" else ""
+        self._keep_parameters(node)
+        # Without a graph, which would hold the whole forward; what a meta model makes is on the meta device.
+        with torch.no_grad(), random_as_it_was(), torch.device("meta") if self._meta else nullcontext():
+            value = None if asks_for_gradients(node, args) else run_node(self._model, node, args, kwargs)
         replace_stale(given, (args, kwargs), arguments_of(node, self.values))
+        if [contents_of(self.values[n]) for n in before] != contents:
+            raise TraceError(f"{node.target} writes into a list or dict that another module has returned")
         changed = tuple(n for n, old in before.items() if versions(self.values[n]) != old)
         if changed:
             self.changed[node] = changed
-        node.meta["stateful"] = versions(buffers) != statistics
+        now = [] if module is None else [(vars(m), m._buffers) for m in module.modules()]
+        kept = all(same_objects(a, c) and same_objects(b, d) for (a, b), (c, d) in zip(held, now, strict=True))
+        node.meta["stateful"] = versions(buffers) != statistics or not kept
         node.meta["of_numbers"] = depends_on_numbers(node, self.values)
         return value
+
+    def _keep_parameters(self, node: fx.Node) -> None:
+        """Notes what is in a parameter before an operation that may write into it."""
+        for value in [self.values[n] for n in node.all_input_nodes] if may_write(node) else ():
+            if isinstance(value, nn.Parameter) and id(value) not in self._contents:
+                self._contents[id(value)] = (value, value.detach().clone())
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """A symbol for each tensor among the arguments; the rest is as in the example."""
@@ -387,33 +392,3 @@ class _Recorder(fx.Tracer):
             return tuple(leaf for i, leaf in enumerate(returned) if i not in self._literals)
 
         return root, []
-
-
-def _has_name(function: Any) -> bool:
-    """Whether generated code can say what it calls; a local or compiled function is an object that it is given."""
-    if isinstance(function, FunctionType):
-        return getattr(sys.modules.get(function.__module__), function.__name__, None) is function
-    return not isinstance(function, (torch.jit.ScriptFunction, MethodType, functools.partial))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to be told when the module runs."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(vars(module).get(name) for name in hooks)
-
-
-def is_plain_sequence(module: nn.Module) -> bool:
-    """Whether running its members in turn is all that the module does."""
-    own = "forward" in vars(module)
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not own
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def versions(value: Any) -> list[int]:
-    """How often each tensor of a value has been changed in place."""
-    leaves = pytree.tree_leaves(value)
-    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from torchdistpackage.split.calls import CallCost, call_cost
 from torchdistpackage.split.graph import Row
-from torchdistpackage.split.operations import arguments_of
+from torchdistpackage.split.operations import ASKS_FOR_GRADIENTS, arguments_of
+from torchdistpackage.split.unrepeatable import as_they_were, random_as_it_was
 
 __all__ = ["UnitCosts", "parameters_of"]
 
@@ -35,6 +37,10 @@ class UnitCosts:
 
     def of(self, row: Row) -> list[CallCost]:
         """One entry a node."""
+        with as_they_were(self._model), random_as_it_was():
+            return self._of(row)
+
+    def _of(self, row: Row) -> list[CallCost]:
         count: Counter[tuple[str, str]] = Counter()
         found = []
         for node in row.nodes:
@@ -52,7 +58,7 @@ class UnitCosts:
 
     def _measure(self, row: Row, node: fx.Node) -> CallCost:
         values = row.recording.values
-        if node not in values:
+        if node not in values or node.target in ASKS_FOR_GRADIENTS:
             return _NOTHING
         args, kwargs = arguments_of(node, {n: _as_leaf(values[n], n in row.trained) for n in node.all_input_nodes})
         function: Any = node.target
@@ -61,22 +67,23 @@ class UnitCosts:
         elif node.op == "call_method":
             function = getattr(type(args[0]), str(node.target))
         held = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        return call_cost(
-            function,
-            args,
-            kwargs,
-            parameters=[p for n in held for p in _tensors_of(values[n])],
-            repeats=self._repeats,
-            timed=self._timed,
-            input_gradients="required",
-        )
+        options: dict[str, Any] = {
+            "parameters": [p for n in held for p in _tensors_of(values[n])],
+            "repeats": self._repeats,
+            "timed": self._timed,
+        }
+        try:
+            return call_cost(function, args, kwargs, **options, input_gradients="required")
+        except RuntimeError:  # its backward cannot be asked for alone (reentrant checkpoints): twice its forward
+            cost = call_cost(function, args, kwargs, **options, grad=False)
+            return replace(cost, backward=2 * cost.forward)
 
 
 def _as_leaf(value: Any, trained: bool) -> Any:
     """A value as it comes in training: with or without a gradient to give back."""
 
     def leaf(tensor: Tensor) -> Tensor:
-        copy = tensor.detach()
+        copy = tensor.clone() if tensor.is_inference() else tensor.detach()
         return copy.requires_grad_() if copy.is_floating_point() or copy.is_complex() else copy
 
     plain = not trained or isinstance(value, (nn.Module, nn.Parameter))
