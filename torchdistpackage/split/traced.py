@@ -42,6 +42,7 @@ class SplitPoint(enum.Enum):
     """Where a stage ends, seen from a module: before it or behind it.
 
     Example:
+        >>> import torch
         >>> pipe = pipeline(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.zeros(1, 2),),
         ...                 split_spec={"1": SplitPoint.BEGINNING})
         >>> pipe.num_stages
@@ -82,6 +83,7 @@ def pipeline(
         SplitError: The model cannot be recorded, a name does not exist, or a cut cannot be where it is wanted.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> pipe = pipeline(model, (torch.zeros(4, 2),), split_spec={"1": SplitPoint.END})
         >>> [list(pipe.get_stage_module(i).state_dict()) for i in range(pipe.num_stages)]
@@ -170,10 +172,11 @@ def split(
             wishes, or the example does not fit.
 
     Example:
+        >>> import torch
         >>> from torchvision.models import resnet18
         >>> pipe = split(resnet18(), torch.zeros(2, 3, 32, 32), 2, costs="flops")
         >>> [name for name, _ in pipe.get_stage_module(1).named_children()]
-        ['avgpool', 'fc', 'layer3', 'layer4']
+        ['avgpool', 'fc', 'layer2', 'layer3', 'layer4']
     """
     example = Example.of(example_inputs, example_kwargs)
     balanced = _known_costs(costs, any(parameter.is_meta for parameter in model.parameters()), agree is not None)
