@@ -1,6 +1,7 @@
 """A cut by measured time: how even its stages are, and what a step gains over as many layers on every stage.
 
     OMP_NUM_THREADS=1 python benchmarks/balance/bench.py
+    OMP_NUM_THREADS=1 python benchmarks/balance/bench.py --meta
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/balance/bench.py
 
 In one process: the measured load of the slowest stage over the mean, beside the best that any cut can do, for
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -116,6 +118,52 @@ def gain(rows: int, size: int, microbatches: int, rounds: int, repeats: int) -> 
     dist.destroy_process_group()
 
 
+class Block(nn.Module):
+    """A block of a GPT."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class Gpt(nn.Module):
+    """10 billion parameters."""
+
+    def __init__(self, depth: int = 48, width: int = 4096, heads: int = 32, vocabulary: int = 50257) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(2048, width)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def without_memory() -> None:
+    """A model that no machine here could hold, cut into 8 stages."""
+    with torch.device("meta"):
+        model = Gpt()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    pipe = split(model, torch.zeros(2, 1024, dtype=torch.long), 8)
+    took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(pipe.report)
+    print(f"{size / 1e9:.2f} billion parameters cut in {took:.1f} s, with {(after - before) / 2**20:.3f} GiB more")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2, help="of a micro-batch")
@@ -123,9 +171,12 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of a layer")
+    parser.add_argument("--meta", action="store_true", help="cut a model of 10 billion parameters without memory")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if dist.is_torchelastic_launched():
+    if args.meta:
+        without_memory()
+    elif dist.is_torchelastic_launched():
         gain(args.rows, args.size, args.microbatches, args.rounds, args.repeats)
     else:
         evenness(args.rows, {"resnet50": args.size, "vit_small_patch16_224": 224}, args.repeats)

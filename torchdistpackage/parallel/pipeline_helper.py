@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.parallel.first_rank import decided_by_the_first_rank
 from torchdistpackage.parallel.step_plan import placement_of
 from torchdistpackage.schedule import Placement, Plan
 from torchdistpackage.split.cost import CostName, layer_costs
@@ -244,27 +245,5 @@ def _costs(
     if weights is not None and costs is not None:
         raise SplitError(f"weights and costs={costs!r} both say what the layers cost; pass one of them")
     if costs == "time" and together:
-        return _times_of_the_first_rank(row, example_input)
+        return tuple(decided_by_the_first_rank(lambda: layer_costs(row, "time", example_input), "measure the layers"))
     return layer_costs(row, weights if weights is not None else costs or "parameters", example_input)
-
-
-def _times_of_the_first_rank(row: list[nn.Module], example_input: Any) -> tuple[float, ...]:
-    """What one rank measures, for all. An error goes round as well: the others would wait for ever."""
-    from torchdistpackage.topology import tpc
-    from torchdistpackage.topology.exchange import broadcast_json
-
-    # First to the first ranks of the replicas, whose stages must be alike, then down each pipeline.
-    modes = [mode for mode in ("data", "tensor", "pipe") if tpc.is_mode_inited(mode)]
-    found: Any = ""
-    cause: Exception | None = None
-    if all(tpc.get_group_rank(mode) == 0 for mode in modes):
-        try:
-            found = layer_costs(row, "time", example_input)
-        except Exception as error:
-            cause, found = error, str(error)
-    for mode in modes:
-        group = tpc.get_control_group(mode)
-        found = broadcast_json(found, group)
-    if isinstance(found, str):
-        raise SplitError(f"the first rank of the pipeline could not measure the layers: {found}") from cause
-    return tuple(found)

@@ -96,12 +96,12 @@ class TiedParameters:
         Every rank runs it before a step, with the step's placement; a second time with the same one changes nothing.
         """
         owners = placement.owners
-        for stage, index, count in stages_in_use():
-            here = count == placement.num_stages and owners[index] == self._rank
-            if not here or self._adopted.get(stage) == owners:
+        for stage in stages_in_use():
+            here = stage.num_stages == placement.num_stages and owners[stage.index] == self._rank
+            if not here or self._adopted.get(stage.module) == owners:
                 continue
-            self._adopted[stage] = owners
-            found = {id(tie.parameter): tie for tie in ties_in(stage).values()}
+            self._adopted[stage.module] = owners
+            found = {id(tie.parameter): tie for tie in ties_in(stage.module).values()}
             placed = {key: tuple(sorted({owners[at] for at in tie.stages})) for key, tie in found.items()}
             self.cut_again(placed)
             for key, tie in sorted(found.items(), key=lambda item: item[1].name):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.parallel.first_rank import decided_by_the_first_rank
 from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.parallel.step_plan import placement_of
 from torchdistpackage.schedule import Placement, Plan
@@ -24,7 +25,6 @@ from torchdistpackage.split.report import SplitReport, StageRow
 from torchdistpackage.split.traced import split
 from torchdistpackage.split.traced_stage import TracedStage
 from torchdistpackage.topology import tpc
-from torchdistpackage.topology.exchange import broadcast_json
 
 __all__ = ["local_stages", "split_model"]
 
@@ -103,21 +103,8 @@ def local_stages(
 
 
 def _cut_of_the_first_rank(find: Callable[[], Cut]) -> Cut:
-    """What one rank decides, for all. An error goes round as well: the others would wait for ever."""
-    modes = [mode for mode in ("data", "tensor", "pipe") if tpc.is_mode_inited(mode)]
-    found: Any = ""
-    cause: Exception | None = None
-    if all(tpc.get_group_rank(mode) == 0 for mode in modes):
-        try:
-            found = dataclasses.asdict(find())
-        except Exception as error:
-            cause, found = error, str(error)
-    for mode in modes:
-        found = broadcast_json(found, tpc.get_control_group(mode))
-    if cause is not None:
-        raise cause
-    if isinstance(found, str):
-        raise SplitError(f"the first rank of the pipeline could not cut the model: {found}")
+    """What one rank decides, for all."""
+    found = decided_by_the_first_rank(lambda: dataclasses.asdict(find()), "cut the model")
     report = dict(found["report"])
     rows = tuple(StageRow(**{**row, "layers": tuple(row["layers"])}) for row in report.pop("rows"))
     return Cut(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split.calls import undisturbed
 from torchdistpackage.split.cutting import Cut, matched, record_as_is
-from torchdistpackage.split.graph import Layout, Row
+from torchdistpackage.split.graph import CutRow, Row
 from torchdistpackage.split.pipe import Pipe
+from torchdistpackage.split.recordable import named_tensors
 from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.signature import Calling, Example, Returning
 from torchdistpackage.split.traced_stage import Code, TracedStage, assemble, make_code, put
@@ -28,11 +28,11 @@ class Pieces:
 
     Attributes:
         stages: Its stages.
-        layouts: The cut of the forward as the model was, and of the other mode's where that is another forward.
+        cut_rows: The cut of the forward as the model was, and of the other mode's where that is another forward.
     """
 
     stages: list[TracedStage]
-    layouts: list[Layout]
+    cut_rows: list[CutRow]
 
 
 def apply_cut(model: nn.Module, example: Example, cut: Cut, **options: Any) -> Pipe:
@@ -49,9 +49,9 @@ def apply_cut(model: nn.Module, example: Example, cut: Cut, **options: Any) -> P
             "same on every rank, and in the same mode?"
         )
     pieces = make_pieces(model, example, cut, row, options)
-    skips = {pair for layout in pieces.layouts for pair in layout.skips}
-    for layout in pieces.layouts:
-        layout.row.recording.values.clear()  # the example's activations
+    skips = {pair for cut_row in pieces.cut_rows for pair in cut_row.skips}
+    for cut_row in pieces.cut_rows:
+        cut_row.row.recording.values.clear()  # the example's activations
     return Pipe(model, pieces.stages, tuple(sorted(skips)), row.recording.graph, cut.report)
 
 
@@ -65,16 +65,16 @@ def make_pieces(model: nn.Module, example: Example | None, cut: Cut, row: Row, o
         row: Its forward in the present mode.
         options: For `record`.
     """
-    mode, main = model.training, Layout(row, cut.boundaries)
+    mode, main = model.training, CutRow(row, cut.boundaries)
     other = _in_other_mode(model, example, cut, row, options)
     signature, constants = inspect.signature(model.forward), dict[str, Any]()
 
-    def code_of(layout: Layout | str, stage: int) -> Code | str:
-        if isinstance(layout, str):
-            return layout
-        recording = layout.row.recording
+    def code_of(cut_row: CutRow | str, stage: int) -> Code | str:
+        if isinstance(cut_row, str):
+            return cut_row
+        recording = cut_row.row.recording
         calling = Calling(signature, recording.inputs, recording.fixed)
-        return make_code(layout, stage, calling, Returning(recording.output, recording.literals), constants)
+        return make_code(cut_row, stage, calling, Returning(recording.output, recording.literals), constants)
 
     stages, count = [], main.num_stages
     for stage in range(count):
@@ -82,7 +82,7 @@ def make_pieces(model: nn.Module, example: Example | None, cut: Cut, row: Row, o
         codes = {mode: code, not mode: code if other is None else code_of(other, stage)}
         stages.append(assemble(model, stage, count, codes, constants))
     _add_other_names(model, stages)
-    return Pieces(stages, [main, *([other] if isinstance(other, Layout) else [])])
+    return Pieces(stages, [main, *([other] if isinstance(other, CutRow) else [])])
 
 
 def _add_other_names(model: nn.Module, stages: list[TracedStage]) -> None:
@@ -92,24 +92,19 @@ def _add_other_names(model: nn.Module, stages: list[TracedStage]) -> None:
     """
     taken = {name for stage in stages for name, _ in stage.named_modules(remove_duplicate=False)}
     for path, module in model.named_modules(remove_duplicate=False):
-        if path and path not in taken and any(True for _ in _tensors(module)):
+        if path and path not in taken and any(True for _ in named_tensors(module)):
             for stage in stages:
                 if any(other is module for other in stage.modules()):
                     put(stage, model, path, module)
-    taken = {name for stage in stages for name, _ in _tensors(stage)}
-    for path, tensor in _tensors(model):
+    taken = {name for stage in stages for name, _ in named_tensors(stage)}
+    for path, tensor in named_tensors(model):
         if path not in taken:
             for stage in stages:
-                if any(other is tensor for _, other in _tensors(stage)):
+                if any(other is tensor for _, other in named_tensors(stage)):
                     put(stage, model, path, tensor)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _in_other_mode(model: nn.Module, example: Example | None, cut: Cut, row: Row, options: Any) -> Layout | str | None:
+def _in_other_mode(model: nn.Module, example: Example | None, cut: Cut, row: Row, options: Any) -> CutRow | str | None:
     """The same cut of the forward in the other mode; None where the two forwards are alike, or why there is none."""
     with undisturbed([model]):
         model.train(not model.training)
@@ -120,7 +115,7 @@ def _in_other_mode(model: nn.Module, example: Example | None, cut: Cut, row: Row
             return f"the model was split, but not for {mode}: its forward cannot be recorded in that mode ({error})"
     if alike(row.recording, other.recording):
         return None
-    return Layout(other, matched(row, other, cut.boundaries))
+    return CutRow(other, matched(row, other, cut.boundaries))
 
 
 def alike(a: Recording, b: Recording) -> bool:

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split.building import make_pieces
 from torchdistpackage.split.cutting import Cut, closed_again, record_as_is
-from torchdistpackage.split.graph import Layout, Row
+from torchdistpackage.split.graph import CutRow, Row
 from torchdistpackage.split.report import SplitReport
 from torchdistpackage.split.signature import Example
 
@@ -48,17 +48,17 @@ def traced_layers(model: nn.Module, example: Example | None) -> list[nn.Module]:
     cut = closed_again(model, example, row, cut, {})
     row = Row(record_as_is(model, example, cut.opened, set(cut.closed)))
     pieces = make_pieces(model, example, cut, row, {})
-    for layout in pieces.layouts:
-        if layout.skips or any(
-            len({f.value for f in layout.flows if f.target == s}) != 1 for s in range(1, layout.num_stages)
+    for cut_row in pieces.cut_rows:
+        if cut_row.skips or any(
+            len({f.value for f in cut_row.flows if f.target == s}) != 1 for s in range(1, cut_row.num_stages)
         ):
             raise SplitError(
                 f"the layers of {type(model).__name__} differ between training and evaluation; list them by hand, or "
                 "use split(), which keeps both"
             )
-    alone = [_module_alone(layout, stage) for layout in pieces.layouts[:1] for stage in range(layout.num_stages)]
-    for layout in pieces.layouts[1:]:
-        other = [_module_alone(layout, stage) for stage in range(layout.num_stages)]
+    alone = [_module_alone(cut_row, stage) for cut_row in pieces.cut_rows[:1] for stage in range(cut_row.num_stages)]
+    for cut_row in pieces.cut_rows[1:]:
+        other = [_module_alone(cut_row, stage) for stage in range(cut_row.num_stages)]
         alone = [name if name == theirs else None for name, theirs in zip(alone, other, strict=True)]
     found: list[nn.Module] = []
     for name, piece in zip(alone, pieces.stages, strict=True):
@@ -77,13 +77,13 @@ def _containers(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if name and holds_blocks(module)}
 
 
-def _module_alone(layout: Layout, stage: int) -> str | None:
+def _module_alone(cut_row: CutRow, stage: int) -> str | None:
     """The name of the module whose call is all that a stage does."""
-    nodes = layout.nodes_of(stage)
+    nodes = cut_row.nodes_of(stage)
     if len(nodes) != 1 or nodes[0].op != "call_module" or "ambient" in nodes[0].meta:
         return None
     node = nodes[0]
     plain = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
-    last = stage == layout.num_stages - 1
-    whole = not last or (layout.row.results == (node,) and layout.row.recording.output.is_leaf())
+    last = stage == cut_row.num_stages - 1
+    whole = not last or (cut_row.row.results == (node,) and cut_row.row.recording.output.is_leaf())
     return str(node.target) if plain and whole else None

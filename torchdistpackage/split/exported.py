@@ -20,7 +20,7 @@ from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.split.operations import arguments_of, check_holds, outside, run_node
-from torchdistpackage.split.recordable import versions
+from torchdistpackage.split.recordable import named_tensors, versions
 from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.signature import Example, bound_arguments
 from torchdistpackage.split.unrepeatable import as_they_were, unrepeated, watched
@@ -110,10 +110,7 @@ class _Replay:
 
     def __init__(self, model: nn.Module, module: fx.GraphModule, prefix: str) -> None:
         self._module, self._model, self._prefix = module, model, prefix
-        self._tensors = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
+        self._tensors = dict(named_tensors(model))
         self.graph, self.copied = fx.Graph(), dict[fx.Node, Any]()
         self.values, self.constants = dict[fx.Node, Any](), dict[str, Any]()
         self.changed = dict[fx.Node, tuple[fx.Node, ...]]()

@@ -35,7 +35,7 @@ from torchdistpackage.split.marks import pipe_split
 from torchdistpackage.split.operations import ASKS_FOR_GRADIENTS, check_holds, check_same
 from torchdistpackage.split.recording import Recording
 
-__all__ = ["Flow", "Layout", "Row"]
+__all__ = ["Flow", "CutRow", "Row"]
 
 _TRAVELS = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice)
 _SIZES: tuple[Any, ...] = ("size", "dim", "numel", "ndimension", "stride", "element_size", "get_device", "data_ptr")
@@ -262,7 +262,7 @@ class Flow:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Layout:
+class CutRow:
     """A row, cut.
 
     Attributes:
@@ -275,7 +275,7 @@ class Layout:
 
     @property
     def num_stages(self) -> int:
-        """P."""
+        """How many pieces there are."""
         return len(self.boundaries) - 1
 
     @cached_property

@@ -28,13 +28,28 @@ _in_use: WeakKeyDictionary[TracedStage, tuple[int, int, int]] = WeakKeyDictionar
 _number = count()
 
 
-def stages_in_use() -> Iterator[tuple[TracedStage, int, int]]:
-    """The stages that this process has asked for, each with its index and how many stages there are.
+@dataclass(frozen=True)
+class StageInUse:
+    """A stage that this process has asked for.
+
+    Attributes:
+        module: The stage.
+        index: Its global index.
+        num_stages: How many there are.
+    """
+
+    module: TracedStage
+    index: int
+    num_stages: int
+
+
+def stages_in_use() -> Iterator[StageInUse]:
+    """The stages that this process has asked for.
 
     The order is the same on all ranks that do the same: `parallel/` finds here what stages of other ranks share.
     """
     for stage, (_, index, stages) in sorted(_in_use.items(), key=lambda item: item[1]):
-        yield stage, index, stages
+        yield StageInUse(stage, index, stages)
 
 
 @dataclass(frozen=True)

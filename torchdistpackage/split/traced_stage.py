@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from torchdistpackage.errors import SplitError
 from torchdistpackage.schedule.routing import Routed
-from torchdistpackage.split.graph import Layout
+from torchdistpackage.split.graph import CutRow
 from torchdistpackage.split.operations import device_of, run_inside
 from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.signature import Calling, Returning
@@ -176,19 +176,19 @@ def _of_model(calling: Calling, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return calling.tensors(args, kwargs)
 
 
-def make_code(layout: Layout, stage: int, calling: Calling, returning: Returning, constants: dict[str, Any]) -> Code:
+def make_code(cut_row: CutRow, stage: int, calling: Calling, returning: Returning, constants: dict[str, Any]) -> Code:
     """Generates the code of one stage.
 
     Args:
-        layout: The row, cut.
+        cut_row: The row, cut.
         stage: Which one.
         calling: How the model is called.
         returning: What it returns.
         constants: Gets the objects that the code uses and that are neither modules nor parameters.
     """
-    recording, last = layout.row.recording, stage == layout.num_stages - 1
+    recording, last = cut_row.row.recording, stage == cut_row.num_stages - 1
     graph, made = fx.Graph(), {}
-    arriving = [flow for flow in layout.flows if flow.target == stage]
+    arriving = [flow for flow in cut_row.flows if flow.target == stage]
     if stage == 0:
         incoming = [node for node in recording.graph.nodes if node.op == "placeholder"]
     else:
@@ -196,13 +196,13 @@ def make_code(layout: Layout, stage: int, calling: Calling, returning: Returning
     for value in incoming:
         made[value] = graph.placeholder(value.name)
     copier = _Copier(graph, made, recording, constants)
-    for node in layout.nodes_of(stage):
+    for node in cut_row.nodes_of(stage):
         copier.copy(node)
     gives: dict[int, tuple[int, ...]] = {}
     if last:
-        out = [copier.argument(value) for value in layout.row.results]
+        out = [copier.argument(value) for value in cut_row.row.results]
     else:
-        leaving = [flow for flow in layout.flows if flow.source == stage]
+        leaving = [flow for flow in cut_row.flows if flow.source == stage]
         unique = list(dict.fromkeys(flow.value for flow in leaving))
         out = [made[value] for value in unique]
         targets = sorted({flow.target for flow in leaving} | {stage + 1})
@@ -216,7 +216,7 @@ def make_code(layout: Layout, stage: int, calling: Calling, returning: Returning
         tuple((flow.value.name, flow.source) for flow in arriving),
         frozenset(i for i, flow in enumerate(arriving) if isinstance(values.get(flow.value), (list, tuple))),
         gives,
-        layout.skips,
+        cut_row.skips,
         calling if stage == 0 else None,
         returning if last else None,
         not last and len(out) == 1 and isinstance(values.get(unique[0], torch.empty(0)), Tensor),

@@ -188,7 +188,6 @@ class _Recorder(fx.Tracer):
         self._check(path)
         if self._failed is not None:
             raise Unrepeatable(f"the forward catches an error, and goes on: {reason_of(self._failed)}")
-
         if name := written_global(forward):
             raise Unrepeatable(f"the forward sets the global {name}, and no stage would do that")
 
