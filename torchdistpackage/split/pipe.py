@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, final
+from typing import Any, TypeVar, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,7 @@ from torchdistpackage.split.traced_stage import TracedStage
 
 __all__ = ["Pipe", "PipeInfo", "stages_in_use"]
 
-_in_use: WeakKeyDictionary[TracedStage, tuple[int, int, int]] = WeakKeyDictionary()
+_in_use: WeakKeyDictionary[nn.Module, tuple[int, int, int]] = WeakKeyDictionary()
 _number = count()
 
 
@@ -38,9 +38,25 @@ class StageInUse:
         num_stages: How many there are.
     """
 
-    module: TracedStage
+    module: nn.Module
     index: int
     num_stages: int
+
+
+_Stage = TypeVar("_Stage", bound=nn.Module)
+
+
+def put_in_use(stage: _Stage, index: int, num_stages: int, made: int | None = None) -> _Stage:
+    """Notes that this process is going to run a stage, and returns it.
+
+    Args:
+        stage: The module.
+        index: Its global index.
+        num_stages: How many there are.
+        made: A number that says which cut it comes from; a new one when not given. All ranks cut in the same order.
+    """
+    _in_use[stage] = (next(_number) if made is None else made, index, num_stages)
+    return stage
 
 
 def stages_in_use() -> Iterator[StageInUse]:
@@ -116,9 +132,7 @@ class Pipe:
         """
         if not 0 <= stage < self.num_stages:
             raise SplitError(f"there is no stage {stage}: {self.num_stages} stages are numbered from 0")
-        found = self._stages[stage]
-        _in_use[found] = (self._made, stage, self.num_stages)
-        return found
+        return put_in_use(self._stages[stage], stage, self.num_stages, self._made)
 
     def build_stage(
         self,

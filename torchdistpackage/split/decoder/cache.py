@@ -1,0 +1,61 @@
+"""Key-value caches of a stage: how long the sequence is has to be right for layers that are elsewhere, too.
+
+A decoder asks its cache for the length of what came before, and asks the first layer of a kind, whichever stage holds
+that. So a layer that is elsewhere leaves keys of one head of width one, a byte a token, in its place, and the cache's
+own rules (windows that slide, beams that are reordered) do the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchdistpackage.split.decoder.layout import Skeleton
+
+__all__ = ["cache_in", "cache_places", "mark_length"]
+
+_NAMES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+
+
+def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a layer's call, or None."""
+    found = [kwargs[name] for name in _NAMES if name in kwargs]
+    return next((value for value in (*found, *args) if hasattr(value, "update") and hasattr(value, "layers")), None)
+
+
+def cache_places(twin: nn.Module, skeleton: Skeleton) -> tuple[tuple[int, ...], ...]:
+    """For each layer its places in a cache: a layer with two attentions has two.
+
+    Args:
+        twin: The model without weights; attentions know their place as `layer_idx`.
+        skeleton: Its tree.
+    """
+    places = []
+    for layer in range(skeleton.num_layers):
+        module = twin.get_submodule(skeleton.layer(layer))
+        inner = {getattr(child, "layer_idx", None) for child in module.modules() if child is not module}
+        places.append(tuple(sorted(place for place in inner if isinstance(place, int))) or (layer,))
+    return tuple(places)
+
+
+def mark_length(cache: Any, places: tuple[int, ...], rows: int, tokens: int, device: torch.device) -> None:
+    """Notes that a layer which is elsewhere has seen the tokens of this forward.
+
+    Args:
+        cache: A transformers `Cache`.
+        places: Places of the layer in the cache.
+        rows: Rows of the batch.
+        tokens: Tokens of this forward.
+        device: Where the cache is.
+    """
+    for place in places:
+        layer = cache.layers[place] if place < len(cache.layers) else None
+        state = getattr(layer, "has_previous_state", None)
+        if isinstance(state, dict):  # of a recurrent layer, where there is no length
+            for key in state:
+                state[key] = True
+        if layer is None or (hasattr(layer, "get_seq_length") and hasattr(layer, "keys")):
+            mark = torch.zeros(rows, 1, tokens, 1, dtype=torch.int8, device=device)
+            cache.update(mark, mark, place)

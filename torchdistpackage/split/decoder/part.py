@@ -1,0 +1,91 @@
+"""The modules of one stage, as an object of the user's own class.
+
+A part is a shallow copy of the containers (`LlamaForCausalLM`, `LlamaModel`) around the model's own layers: it costs no
+memory, its `state_dict` has the names of the whole model, and training it trains the model. What it does not hold is
+None, as in every other module that was built without a piece; `part.model.layers` is a `ModuleDict` with the original
+indices as keys.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from torchdistpackage.split.decoder.cache import cache_places
+from torchdistpackage.split.decoder.dry_run import ids_name
+from torchdistpackage.split.decoder.layout import DecoderLayout
+from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, stage_forward
+
+__all__ = ["make_part"]
+
+
+def make_part(
+    model: nn.Module, layout: DecoderLayout, twin: nn.Module, start: int, stop: int, *, first: bool, last: bool
+) -> nn.Module:
+    """The part of a model that holds row[start:stop].
+
+    Args:
+        model: The whole model; it stays as it is and shares its layers with the part.
+        layout: Its layout.
+        twin: Its twin.
+        start: First place.
+        stop: After the last place.
+        first: Whether it holds the prologue.
+        last: Whether it gives the logits.
+    """
+    caches = cache_places(twin, layout.skeleton)
+    stage = Stage(layout, twin, start, stop, first=first, last=last, caches=caches, ids_name=ids_name(twin))
+    held = {*layout.row[start:stop], *(layout.prologue if first else ()), *(layout.idle if last else ())}
+    part = _pruned(model, layout, held)
+    part.__class__ = _part_class(type(model))
+    vars(part)[STAGE] = stage
+    return part
+
+
+def _pruned(model: nn.Module, layout: DecoderLayout, held: set[str]) -> nn.Module:
+    skeleton = layout.skeleton
+    elsewhere = {*layout.row, *layout.prologue, *layout.idle} - held
+    root = _shallow(model)
+    for container in skeleton.containers[1:]:
+        parent, _, name = container.rpartition(".")
+        owner = root.get_submodule(parent)
+        owner._modules[name] = _shallow(model.get_submodule(container))
+    for container in skeleton.containers:
+        owner = root.get_submodule(container)
+        for name, child in list(owner._modules.items()):
+            full = f"{container}.{name}".lstrip(".")
+            if full in skeleton.containers:
+                continue
+            if isinstance(child, nn.ModuleList) and (full == skeleton.layers or len(child)):
+                kept = {str(n): element for n, element in enumerate(child) if f"{full}.{n}" not in elsewhere}
+                owner._modules[name] = nn.ModuleDict(kept)
+            elif full in elsewhere:
+                owner._modules[name] = None
+    return root
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A module of the same class with the same children, tensors and hooks, in dictionaries of its own."""
+    made = type(module).__new__(type(module))
+    vars(made).update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
+    return made
+
+
+_classes: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()
+
+
+def _part_class(of: type[nn.Module]) -> type[nn.Module]:
+    """The user's class with another forward, under the user's name: tools that look at names see what they know."""
+    if of in _classes:
+        return _classes[of]
+    space = {
+        "forward": stage_forward,
+        "__module__": of.__module__,
+        "__qualname__": of.__qualname__,
+        "__doc__": of.__doc__,
+    }
+    made = type(of.__name__, (of,), space)
+    made._whole_forward = of.forward  # type: ignore[attr-defined]
+    _classes[of] = made
+    return made

@@ -1,0 +1,261 @@
+"""The forward of one stage: the whole model's, with something coming in, and left where something goes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from torchdistpackage.errors import PipelineError
+from torchdistpackage.split.decoder.cache import cache_in, mark_length
+from torchdistpackage.split.decoder.dry_run import model_output
+from torchdistpackage.split.decoder.layout import ArgumentKey, DecoderLayout, hidden_key
+from torchdistpackage.split.decoder.router import RouterLoss
+from torchdistpackage.split.decoder.stand_in import AbsentModule, Called, filled, shown
+
+__all__ = ["STAGE", "Stage", "stage_forward"]
+
+STAGE = "_torchdistpackage_stage"
+"""Where a part keeps its `Stage`."""
+
+
+@final
+@dataclass(frozen=True)
+class Stage:
+    """What a part knows about itself; copies of the part share it.
+
+    Attributes:
+        layout: Of the whole model.
+        twin: The whole model without weights.
+        start: First place in the row that it holds.
+        stop: The place after its last one.
+        first: Whether the ids enter here.
+        last: Whether the logits leave here.
+        caches: For each layer its places in a key-value cache.
+        ids_name: What the model calls its token ids.
+    """
+
+    layout: DecoderLayout
+    twin: nn.Module
+    start: int
+    stop: int
+    first: bool
+    last: bool
+    caches: tuple[tuple[int, ...], ...]
+    ids_name: str
+
+    def __deepcopy__(self, memo: Any) -> Stage:
+        return self
+
+
+class _Left(Exception):
+    """The forward has done what this stage is for. It is the way out of code that is not ours."""
+
+
+@dataclass
+class _Run:
+    """One forward: what came in, what goes out.
+
+    Attributes:
+        stage: Where.
+        hidden: The hidden state that arrived; None on the first stage.
+        carried: What arrived with it, by name.
+        leaving: The hidden state that goes out.
+        travelling: What goes out with it.
+    """
+
+    stage: Stage
+    hidden: Tensor | None
+    carried: Mapping[str, Any]
+    leaving: Tensor | None = None
+    travelling: dict[str, Any] = field(default_factory=dict)
+
+
+def stage_forward(self: Any, x: Any = None, **kwargs: Any) -> Any:
+    """Runs one stage.
+
+    Args:
+        self: The part.
+        x: On the first stage the token ids, (rows, tokens); on the others what the stage before returned.
+        **kwargs: The model's own arguments, the same on every stage: `attention_mask`, `position_ids`,
+            `past_key_values`, ...; `labels` count on the last stage only.
+
+    Returns:
+        The hidden state, (rows, tokens, width), or a dict with it where the family sends more; on the last stage the
+        logits, (rows, tokens, vocabulary), or the model's own loss if there are labels.
+
+    Raises:
+        PipelineError: What came in is not what this stage takes, or the model skipped a layer.
+    """
+    stage: Stage = vars(self)[STAGE]
+    ids, run = _incoming(stage, x, kwargs)
+    router = RouterLoss.of(self, kwargs)
+    options = _options(self, stage, kwargs)
+    with shown(self, _stand_ins(self, run)), router.listening():
+        try:
+            result = type(self)._whole_forward(self, **{stage.ids_name: ids}, **options)
+        except _Left:
+            router.add(run.travelling, run.carried, kwargs.get("attention_mask"))
+            return _outgoing(run, ids)
+    if not stage.last:
+        raise PipelineError(
+            f"{type(self).__name__} went past its layers without calling number {stage.stop}: layers are skipped at "
+            "random (layerdrop) or by configuration; a pipeline needs every layer in every forward: set layerdrop to 0"
+        )
+    if kwargs.get("labels") is not None and getattr(result, "loss", None) is not None:
+        return router.added_to(result.loss, run.carried, kwargs.get("attention_mask"))
+    return model_output(result)
+
+
+def _incoming(stage: Stage, x: Any, kwargs: dict[str, Any]) -> tuple[Tensor, _Run]:
+    ids = kwargs.pop(stage.ids_name, None)
+    if stage.first:
+        ids = x if x is not None else ids
+        if not isinstance(ids, Tensor) or ids.is_floating_point():
+            raise PipelineError(f"the first stage takes token ids, integers (rows, tokens); got {_kind(ids)}")
+        return ids, _Run(stage, None, {})
+    message = x if isinstance(x, dict) else {"hidden_states": x}
+    hidden = message.get("hidden_states")
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+        raise PipelineError(
+            f"the stage that begins with {stage.layout.row[stage.start]} takes the hidden state that the stage before "
+            f"returned, a floating tensor (rows, tokens, width); got {_kind(hidden)}"
+        )
+    ids = message.get("input_ids", ids)
+    if ids is None:
+        at = stage.layout.rows_at[stage.start]
+        ids = torch.zeros(hidden.shape[at], hidden.shape[at + 1], dtype=torch.long, device=hidden.device)
+    values = message.get("values", ())
+    carried = {name: values[number] for name, number in message.get("names", {}).items()}
+    return ids, _Run(stage, hidden, {**message, **carried})
+
+
+def _outgoing(run: _Run, ids: Tensor) -> Any:
+    """The message to the next stage: a tensor, if that is all; else a dict in which every tensor is once."""
+    assert run.leaving is not None
+    message: dict[str, Any] = {"input_ids": ids} if run.stage.layout.reads_ids else {}
+    numbers: dict[int, int] = {}
+    names: dict[str, int] = {}
+    for name, value in run.travelling.items():
+        if isinstance(value, Tensor):
+            names[name] = numbers.setdefault(id(value), len(numbers))
+            message.setdefault("values", []).extend([value] if names[name] == len(message["values"]) else [])
+        else:
+            message[name] = value
+    if not message:
+        return run.leaving
+    return {"hidden_states": run.leaving, **message, **({"names": names} if names else {})}
+
+
+def _options(part: nn.Module, stage: Stage, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the model's forward."""
+    options = {key: value for key, value in kwargs.items() if stage.last or key != "labels"}
+    if options.get("past_key_values") is None and hasattr(getattr(part, "config", None), "use_cache"):
+        if options.get("use_cache"):
+            raise PipelineError(
+                "use_cache=True without a cache: a stage returns no cache, so pass past_key_values, one for each stage"
+            )
+        options["use_cache"] = False
+    return options
+
+
+def _stand_ins(part: nn.Module, run: _Run) -> dict[str, Any]:
+    """What the forward sees in the place of what is elsewhere, and of elements where something comes in or goes out."""
+    stage, layout, skeleton = run.stage, run.stage.layout, run.stage.layout.skeleton
+    changed: dict[str, Any] = {}
+    if run.hidden is not None:
+        for unit in set(layout.prologue) - set(layout.row[stage.start : stage.stop]):
+            changed[unit] = AbsentModule(stage.twin.get_submodule(unit), run.hidden.device, run.hidden.dtype)
+        changed |= {unit: nn.Identity() for unit in layout.randoms}
+    layers = []
+    for place, name in enumerate(layout.row):
+        here = stage.start <= place < stage.stop
+        module = part.get_submodule(name) if here else stage.twin.get_submodule(name)
+        plain = here and place not in layout.carried and (place != stage.start or run.hidden is None)
+        seen = module if plain else Called(module, _call(run, place, module if here else None))
+        if place < skeleton.num_layers:
+            layers.append(seen)
+        elif not plain:
+            changed[name] = seen
+    return {skeleton.layers: layers, **_listed(part, stage, changed)}
+
+
+def _listed(part: nn.Module, stage: Stage, changed: dict[str, Any]) -> dict[str, Any]:
+    """With lists in the place of lists: a part keeps those in dictionaries."""
+    found = {name: value for name, value in changed.items() if name not in stage.layout.skeleton.listed}
+    for name, length in stage.layout.skeleton.lists.items():
+        own = part.get_submodule(name)
+        assert isinstance(own, nn.ModuleDict)
+        kept = [own[str(number)] if str(number) in own else None for number in range(length)]
+        found[name] = [changed.get(f"{name}.{number}", element) for number, element in enumerate(kept)]
+    return found
+
+
+def _call(run: _Run, place: int, module: nn.Module | None) -> Callable[..., Any]:
+    """What happens when the forward calls an element of the row: something comes in, is computed, or goes out."""
+    stage, layout = run.stage, run.stage.layout
+    leaves_at = max(stage.stop, layout.num_layers - 1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        key = hidden_key(args, kwargs)
+        arguments: dict[ArgumentKey, Any] = {**dict(enumerate(args)), **dict(kwargs.items())}
+        if place == stage.start and run.hidden is not None:
+            arguments[key] = run.hidden
+            _take(run, place, arguments, layout.chained.get(place, ()))
+            _take_shared(run, arguments)
+        _take(run, place, arguments, layout.carried.get(place, ()))
+        if module is not None:
+            positional = [arguments.pop(number) for number in range(len(args))]
+            return module(*positional, **{str(name): value for name, value in arguments.items()})
+        hidden: Tensor = arguments[key]
+        if place == stage.stop:
+            run.leaving = hidden
+            _give(run, place, arguments, layout.chained.get(place, ()))
+            _give_shared(run, arguments)
+        if place >= stage.stop:
+            _give(run, place, arguments, layout.carried.get(place, ()))
+        cache = cache_in(args, kwargs)
+        if cache is not None and place < layout.num_layers:
+            at = layout.rows_at[place]
+            mark_length(cache, stage.caches[place], hidden.shape[at], hidden.shape[at + 1], hidden.device)
+        if place == leaves_at and not stage.last:
+            raise _Left
+        return hidden if place >= layout.num_layers else filled(layout.returns[place], hidden)
+
+    return call
+
+
+def _take(run: _Run, place: int, arguments: dict[ArgumentKey, Any], keys: tuple[ArgumentKey, ...]) -> None:
+    """Puts what arrived in the place of what this stage made of nothing."""
+    for key in keys:
+        leaves, form = tree_flatten(arguments[key])
+        names = [f"{place}.{key}.{number}" for number in range(len(leaves))]
+        found = [run.carried.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+        arguments[key] = tree_unflatten(found, form)
+
+
+def _give(run: _Run, place: int, arguments: dict[ArgumentKey, Any], keys: tuple[ArgumentKey, ...]) -> None:
+    for key in keys:
+        for number, leaf in enumerate(tree_leaves(arguments[key])):
+            if isinstance(leaf, Tensor):
+                run.travelling[f"{place}.{key}.{number}"] = leaf
+
+
+def _take_shared(run: _Run, arguments: dict[ArgumentKey, Any]) -> None:
+    for key in run.stage.layout.shared:
+        for name, value in run.carried.get(f"shared.{key}", ()):
+            arguments[key][name] = value
+
+
+def _give_shared(run: _Run, arguments: dict[ArgumentKey, Any]) -> None:
+    for key in run.stage.layout.shared:
+        if arguments.get(key):
+            run.travelling[f"shared.{key}"] = list(arguments[key].items())
+
+
+def _kind(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
