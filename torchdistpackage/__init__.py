@@ -32,10 +32,12 @@ if TYPE_CHECKING:
         flatten_sequence,
         forward_backward,
         forward_eval,
+        generate,
         last_plan,
         last_timeline,
         local_stages,
         partition_balanced,
+        partition_causal_lm,
         partition_chunks,
         partition_uniform,
         profile_stage_costs,
@@ -44,11 +46,19 @@ if TYPE_CHECKING:
     )
     from torchdistpackage.schedule import Routed
     from torchdistpackage.split import (
+        ModelSplitter,
         Pipe,
+        PipelineStage,
         SplitPoint,
+        calculate_virtual_stages,
+        create_automatic_splitter,
+        create_manual_causal_lm_splitter,
+        generate_hf_model_fqn_per_model_part,
         load_whole_model_state_dict,
         pipe_split,
         pipeline,
+        split_causal_lm,
+        stage_ids_this_rank,
         whole_model_names,
         whole_model_state_dict,
     )
@@ -72,12 +82,14 @@ _HOME = {
     ),
     "torchdistpackage.parallel": (
         "DDP PipelineGradScaler clip_grad_norm_ draw_last_step flat_and_partition flatten_model flatten_sequence "
-        "forward_backward forward_eval last_plan last_timeline local_stages partition_balanced partition_chunks "
-        "partition_uniform profile_stage_costs split_model tie_parameters"
+        "forward_backward forward_eval generate last_plan last_timeline local_stages partition_balanced "
+        "partition_causal_lm partition_chunks partition_uniform profile_stage_costs split_model tie_parameters"
     ),
     "torchdistpackage.schedule": "Routed",
     "torchdistpackage.split": (
-        "Pipe SplitPoint load_whole_model_state_dict pipe_split pipeline whole_model_names whole_model_state_dict"
+        "ModelSplitter Pipe PipelineStage SplitPoint calculate_virtual_stages create_automatic_splitter "
+        "create_manual_causal_lm_splitter generate_hf_model_fqn_per_model_part load_whole_model_state_dict pipe_split "
+        "pipeline split_causal_lm stage_ids_this_rank whole_model_names whole_model_state_dict"
     ),
     "torchdistpackage.topology": (
         "ParallelContext find_free_port is_using_pp setup_distributed setup_node_groups test_comm "
@@ -90,10 +102,12 @@ __all__ = [
     "DDP",
     "CheckpointError",
     "DeadlockError",
+    "ModelSplitter",
     "ParallelContext",
     "Pipe",
     "PipelineError",
     "PipelineGradScaler",
+    "PipelineStage",
     "Routed",
     "ScheduleError",
     "SplitError",
@@ -101,7 +115,10 @@ __all__ = [
     "TopologyError",
     "TorchDistError",
     "TransportError",
+    "calculate_virtual_stages",
     "clip_grad_norm_",
+    "create_automatic_splitter",
+    "create_manual_causal_lm_splitter",
     "draw_last_step",
     "find_free_port",
     "flat_and_partition",
@@ -109,12 +126,15 @@ __all__ = [
     "flatten_sequence",
     "forward_backward",
     "forward_eval",
+    "generate",
+    "generate_hf_model_fqn_per_model_part",
     "is_using_pp",
     "last_plan",
     "last_timeline",
     "load_whole_model_state_dict",
     "local_stages",
     "partition_balanced",
+    "partition_causal_lm",
     "partition_chunks",
     "partition_uniform",
     "pipe_split",
@@ -122,7 +142,9 @@ __all__ = [
     "profile_stage_costs",
     "setup_distributed",
     "setup_node_groups",
+    "split_causal_lm",
     "split_model",
+    "stage_ids_this_rank",
     "test_comm",
     "tie_parameters",
     "torch_parallel_context",

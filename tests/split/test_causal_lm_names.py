@@ -46,9 +46,12 @@ def test_what_is_left_out_and_what_is_added():
     bare = generate_hf_model_fqn_per_model_part(2, 4, False, False, False, include_multimodal_encoders=False)
     assert bare == [["model.layers.0", "model.layers.1"], ["model.layers.2", "model.layers.3", "model.norm"]]
     more = generate_hf_model_fqn_per_model_part(2, 4, fqn_prefix="a.", extra_module_fqns=["x.y"], lm_head_fqn="b.head")
-    assert "x.y" in more[0] and "x.y" not in more[1]
+    assert "x.y" in more[0]
+    assert "x.y" not in more[1]
     assert {f"a.{suffix}" for suffix in MULTIMODAL_SUFFIXES} < set(more[0])
-    assert "b.head" in more[1] and "lm_head" not in more[1] and "a.norm" in more[1]
+    assert "b.head" in more[1]
+    assert "lm_head" not in more[1]
+    assert "a.norm" in more[1]
 
 
 def test_too_few_stages_or_layers():
@@ -94,6 +97,7 @@ def test_wrong_numbers_of_virtual_stages(arguments, text):
 def test_the_record_of_a_stage():
     stage = PipelineStage(None, 0, 2, "cpu", group=None)
     assert (stage.submod, stage.stage_index, stage.num_stages, stage.device) == (None, 0, 2, "cpu")
-    assert stage.is_first and not stage.is_last
+    assert stage.is_first
+    assert not stage.is_last
     with pytest.raises(SplitError, match="there is no stage 2"):
         PipelineStage(None, 2, 2)

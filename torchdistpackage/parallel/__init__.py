@@ -1,5 +1,6 @@
 """THE FACE: what a user's loop calls. The only room, with trainer and checkpoint above it, that reads `tpc`."""
 
+from torchdistpackage.parallel.causal_lm import generate, partition_causal_lm
 from torchdistpackage.parallel.clip_grad_parallel import clip_grad_norm_
 from torchdistpackage.parallel.data_parallel import DDP
 from torchdistpackage.parallel.grad_scaler import PipelineGradScaler
@@ -29,10 +30,12 @@ __all__ = [
     "flatten_sequence",
     "forward_backward",
     "forward_eval",
+    "generate",
     "last_plan",
     "last_timeline",
     "local_stages",
     "partition_balanced",
+    "partition_causal_lm",
     "partition_chunks",
     "partition_uniform",
     "profile_stage_costs",

@@ -17,6 +17,8 @@
 `graph.py`           the graph as a row that can be cut: what crosses a cut, where none may be
 `cutting.py`         measures (`unit_costs.py`), cuts, opens what is too large to balance around
 `building.py`        the cut graph -> `Pipe` (`pipe.py`) of `TracedStage`s (`traced_stage.py`)
+`causal_lm.py`       decoder-only language models -> stages; `decoder/` is how, `causal_lm_names.py` counts and names
+`pipeline_stage.py`  a stage with its place, for trainers
 `signature.py`       how a model is called and what it returns, flat and back
 `names.py`           whole-model names of a stage's tensors; parameters that several stages share
 ===================  =============================================================================
@@ -42,6 +44,19 @@ if TYPE_CHECKING:
         uniform_sizes,
     )
     from torchdistpackage.split.calls import CallCost, call_cost, undisturbed
+    from torchdistpackage.split.causal_lm import (
+        ModelSplitter,
+        causal_lm_module_names,
+        create_automatic_splitter,
+        create_manual_causal_lm_splitter,
+        new_cache,
+        split_causal_lm,
+    )
+    from torchdistpackage.split.causal_lm_names import (
+        calculate_virtual_stages,
+        generate_hf_model_fqn_per_model_part,
+        stage_ids_this_rank,
+    )
     from torchdistpackage.split.cost import cut_bytes, flop_counts, layer_costs, measured_times, parameter_counts
     from torchdistpackage.split.layout_string import layout_boundaries, parse_layout
     from torchdistpackage.split.names import (
@@ -54,6 +69,7 @@ if TYPE_CHECKING:
         whole_model_state_dict,
     )
     from torchdistpackage.split.pipe import Pipe, PipeInfo
+    from torchdistpackage.split.pipeline_stage import PipelineStage
     from torchdistpackage.split.report import SplitReport, StageRow
     from torchdistpackage.split.sequential import (
         CallableModule,
@@ -70,6 +86,11 @@ _HOME = {
         "LoadBalance MemoryLimit balanced_boundaries boundaries_of_sizes load_balance uniform_boundaries uniform_sizes"
     ),
     "calls": "CallCost call_cost undisturbed",
+    "causal_lm": (
+        "ModelSplitter causal_lm_module_names create_automatic_splitter create_manual_causal_lm_splitter new_cache "
+        "split_causal_lm"
+    ),
+    "causal_lm_names": "calculate_virtual_stages generate_hf_model_fqn_per_model_part stage_ids_this_rank",
     "cost": "cut_bytes flop_counts layer_costs measured_times parameter_counts",
     "layout_string": "layout_boundaries parse_layout",
     "names": (
@@ -77,6 +98,7 @@ _HOME = {
         "whole_model_state_dict"
     ),
     "pipe": "Pipe PipeInfo",
+    "pipeline_stage": "PipelineStage",
     "report": "SplitReport StageRow",
     "sequential": "CallableModule balanced_partition flatten_model flatten_sequence uniform_partition",
     "traced": "SplitPoint pipe_split pipeline split",
@@ -89,8 +111,10 @@ __all__ = [
     "CallableModule",
     "LoadBalance",
     "MemoryLimit",
+    "ModelSplitter",
     "Pipe",
     "PipeInfo",
+    "PipelineStage",
     "SplitPoint",
     "SplitReport",
     "StageRow",
@@ -99,22 +123,30 @@ __all__ = [
     "balanced_boundaries",
     "balanced_partition",
     "boundaries_of_sizes",
+    "calculate_virtual_stages",
     "call_cost",
+    "causal_lm_module_names",
+    "create_automatic_splitter",
+    "create_manual_causal_lm_splitter",
     "cut_bytes",
     "flatten_model",
     "flatten_sequence",
     "flop_counts",
+    "generate_hf_model_fqn_per_model_part",
     "layer_costs",
     "layout_boundaries",
     "load_balance",
     "load_whole_model_state_dict",
     "measured_times",
+    "new_cache",
     "parameter_counts",
     "parse_layout",
     "pipe_split",
     "pipeline",
     "shared_parameters",
     "split",
+    "split_causal_lm",
+    "stage_ids_this_rank",
     "ties_in",
     "ties_of",
     "undisturbed",

@@ -23,6 +23,7 @@ from torchdistpackage.split.causal_lm_names import MULTIMODAL_SUFFIXES
 from torchdistpackage.split.decoder.find import find_layout
 from torchdistpackage.split.decoder.layout import DecoderLayout
 from torchdistpackage.split.decoder.part import make_part
+from torchdistpackage.split.decoder.stage_forward import STAGE, Stage
 from torchdistpackage.split.decoder.twin import make_twin
 from torchdistpackage.split.names import record_names, record_ties
 from torchdistpackage.split.pipe import put_in_use
@@ -34,6 +35,7 @@ __all__ = [
     "causal_lm_module_names",
     "create_automatic_splitter",
     "create_manual_causal_lm_splitter",
+    "new_cache",
     "split_causal_lm",
 ]
 
@@ -95,7 +97,7 @@ def split_causal_lm(
     Every stage gets the same keyword arguments (`attention_mask`, `position_ids`, `past_key_values`, ...): masks and
     rotary positions are made where they are needed, and not sent. A few families send more than the hidden state; a
     stage then returns a dict, which the next one takes as it is. With `labels` the last stage returns the model's own
-    loss. A cache belongs to one stage: give each its own, made as for the whole model.
+    loss. A cache belongs to one stage: see `new_cache`.
 
     Args:
         model: A causal language model of transformers, or one that is built alike: a `torch.nn.ModuleList` of layers
@@ -184,6 +186,27 @@ def causal_lm_module_names(
         if num_stages > 1
         else [[*layout.prologue, *names[0], *layout.idle]]
     )
+
+
+def new_cache(part: nn.Module) -> Any:
+    """An empty key-value cache for one stage and one batch of sequences; of the class that the model itself makes.
+
+    Pass it as `past_key_values`, whatever the model's own name for it, in every forward of the stage::
+
+        caches = [new_cache(part) for part in parts.values()]
+
+    Args:
+        part: A stage of `split_causal_lm`.
+
+    Raises:
+        SplitError: The model makes no cache that transformers knows.
+    """
+    stage: Stage | None = vars(part).get(STAGE)
+    if stage is None:
+        raise SplitError(f"{type(part).__name__} is no stage of split_causal_lm; a cache belongs to a stage")
+    if stage.layout.cache is None:
+        raise SplitError(f"{type(part).__name__} makes no key-value cache of transformers; generate without one")
+    return stage.layout.cache.fresh()
 
 
 def create_manual_causal_lm_splitter(

@@ -7,22 +7,50 @@ own rules (windows that slide, beams that are reordered) do the rest.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
 
-from torchdistpackage.split.decoder.layout import Skeleton
+if TYPE_CHECKING:
+    from torchdistpackage.split.decoder.layout import Skeleton
 
-__all__ = ["cache_in", "cache_places", "mark_length"]
+__all__ = ["EmptyCache", "cache_in", "cache_places", "is_cache", "mark_length"]
 
 _NAMES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class EmptyCache:
+    """The cache that a model made before any token.
+
+    Attributes:
+        name: What the model's forward calls it.
+        value: To be copied for each stage and sequence.
+    """
+
+    name: str
+    value: Any
+
+    def fresh(self) -> Any:
+        """A cache of its own."""
+        return copy.deepcopy(self.value)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether something is a transformers `Cache`, or a pair of them for self- and cross-attention."""
+    of = getattr(value, "self_attention_cache", value)
+    return hasattr(of, "update") and hasattr(of, "layers")
+
+
 def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The cache among the arguments of a layer's call, or None."""
+    """The cache of self-attention among the arguments of a layer's call, or None."""
     found = [kwargs[name] for name in _NAMES if name in kwargs]
-    return next((value for value in (*found, *args) if hasattr(value, "update") and hasattr(value, "layers")), None)
+    cache = next((value for value in (*found, *args) if is_cache(value)), None)
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def cache_places(twin: nn.Module, skeleton: Skeleton) -> tuple[tuple[int, ...], ...]:

@@ -8,6 +8,7 @@ device.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, MutableMapping
 from typing import Any, final
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.split.decoder.cache import EmptyCache, is_cache
 from torchdistpackage.split.decoder.findings import ROWS, TOKENS, Call, Findings, conclude
 from torchdistpackage.split.decoder.layout import DecoderLayout, Skeleton
 from torchdistpackage.split.decoder.stand_in import HIDDEN, filled, form_of, on_meta
@@ -52,7 +54,22 @@ def dry_run(twin: nn.Module, skeleton: Skeleton) -> DecoderLayout:
                 f"the structure of {type(twin).__name__} could not be looked at: its forward without weights fails "
                 f"with {type(error).__name__}: {error}"
             ) from error
-        return conclude(twin, skeleton, seen, logits, watch.read)
+        layout = conclude(twin, skeleton, seen, logits, watch.read)
+        return dataclasses.replace(layout, cache=_empty_cache(twin, ids))
+
+
+def _empty_cache(twin: nn.Module, ids: Tensor) -> EmptyCache | None:
+    """What the model makes when it is asked for a cache; its layers, which do not compute, leave it empty."""
+    if not hasattr(getattr(twin, "config", None), "use_cache"):
+        return None
+    try:
+        result = twin(**{ids_name(twin): ids}, **_plainly(twin, use_cache=True))
+    except Exception:  # a model that has no cache may say so
+        return None
+    for name in ("past_key_values", "cache_params"):
+        if is_cache(found := getattr(result, name, None)):
+            return EmptyCache(name, found)
+    return None
 
 
 def ids_name(model: nn.Module) -> str:
@@ -74,10 +91,11 @@ def model_output(result: Any) -> Tensor:
     return found
 
 
-def _plainly(model: nn.Module) -> dict[str, Any]:
+def _plainly(model: nn.Module, *, use_cache: bool = False) -> dict[str, Any]:
     """Options that switch off what a configuration may ask for besides the logits."""
     config = getattr(model, "config", None)
-    return {name: False for name in ("use_cache", "output_router_logits") if hasattr(config, name)}
+    options = {"use_cache": use_cache, "output_router_logits": False}
+    return {name: value for name, value in options.items() if hasattr(config, name)}
 
 
 @final
@@ -114,12 +132,13 @@ def _replace(twin: nn.Module, skeleton: Skeleton, seen: Findings, watch: _WatchI
         weighty = next(module.parameters(), None) is not None
         if weighty:
             placed.update(map(id, module.modules()))
-        if weighty or isinstance(module, nn.Dropout):
             vars(module)["forward"] = _unit_call(seen, unit, watch, module.forward)
+        elif isinstance(module, nn.Dropout):
+            vars(module)["forward"] = _dropout_call(seen, unit)
     for place in range(skeleton.num_layers):
         layer = twin.get_submodule(skeleton.layer(place))
         placed.update(map(id, layer.modules()))
-        vars(layer)["forward"] = _layer_call(seen, skeleton, place, layer)
+        vars(layer)["forward"] = _layer_call(seen, skeleton, place, layer, watch)
     for module in twin.modules():
         if id(module) not in placed:
             _materialize(module)
@@ -151,6 +170,14 @@ def _unit_call(seen: Findings, unit: str, watch: _WatchIds, forward: Callable[..
     return call
 
 
+def _dropout_call(seen: Findings, unit: str) -> Callable[..., Any]:
+    def call(x: Tensor) -> Tensor:
+        seen.calls.append(Call(unit, None, (x,), {}))
+        return x
+
+    return call
+
+
 def _fresh(seen: Findings, name: str, output: Any) -> Any:
     """The same form, of new leaves; not the leaves themselves, which must not be changed in place."""
 
@@ -165,11 +192,14 @@ def _fresh(seen: Findings, name: str, output: Any) -> Any:
     return tree_map_only(Tensor, leaf, output)
 
 
-def _layer_call(seen: Findings, skeleton: Skeleton, place: int, layer: nn.Module) -> Callable[..., Any]:
+def _layer_call(
+    seen: Findings, skeleton: Skeleton, place: int, layer: nn.Module, watch: _WatchIds
+) -> Callable[..., Any]:
     forward, name = layer.forward, skeleton.layer(place)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         seen.calls.append(Call(name, place, args, kwargs))
+        watch.read = watch.read or any(id(leaf) in watch.known for leaf in tree_leaves((args, kwargs)))
         hidden = seen.calls[-1].hidden
         if place not in seen.returns:
             seen.returns[place] = _form(seen, layer, forward, args, kwargs, hidden)

@@ -144,7 +144,8 @@ def _order(name: str, skeleton: Skeleton, seen: Findings, weighty: set[str]) -> 
         raise SplitError(
             f"{name} calls {', '.join(call.name for call in after)} behind its layers, one twice; {_TRACE}"
         )
-    before = list(dict.fromkeys(call.name for call in seen.calls[: places[0]]))
+    again = {call.name for call in seen.calls[places[0] :]} - weighty  # a dropout that works behind the layers, too
+    before = [name for name in dict.fromkeys(call.name for call in seen.calls[: places[0]]) if name not in again]
     return before, [*(seen.calls[number] for number in places), *after]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.split.decoder.cache import EmptyCache
 
 __all__ = ["ArgumentKey", "DecoderLayout", "Skeleton", "hidden_key", "possible_skeletons"]
 
@@ -75,6 +76,7 @@ class DecoderLayout:
         returns: For each layer the form of what it returns, see `stand_in.form_of`.
         rows_at: For each place in the row, where the hidden state's shape has (rows, tokens), counted from the end.
         reads_ids: Whether anything but the embedding looks at the token ids; then they travel.
+        cache: The model's empty key-value cache and its name, `cache.EmptyCache`; None where it makes none.
     """
 
     skeleton: Skeleton
@@ -88,6 +90,7 @@ class DecoderLayout:
     returns: tuple[Any, ...]
     rows_at: tuple[int, ...]
     reads_ids: bool
+    cache: EmptyCache | None = None
 
     @property
     def num_layers(self) -> int:

@@ -17,7 +17,7 @@ from torchdistpackage.split.decoder.dry_run import ids_name
 from torchdistpackage.split.decoder.layout import DecoderLayout
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, stage_forward
 
-__all__ = ["make_part"]
+__all__ = ["make_part", "shallow_copy"]
 
 
 def make_part(
@@ -46,11 +46,11 @@ def make_part(
 def _pruned(model: nn.Module, layout: DecoderLayout, held: set[str]) -> nn.Module:
     skeleton = layout.skeleton
     elsewhere = {*layout.row, *layout.prologue, *layout.idle} - held
-    root = _shallow(model)
+    root = shallow_copy(model)
     for container in skeleton.containers[1:]:
         parent, _, name = container.rpartition(".")
         owner = root.get_submodule(parent)
-        owner._modules[name] = _shallow(model.get_submodule(container))
+        owner._modules[name] = shallow_copy(model.get_submodule(container))
     for container in skeleton.containers:
         owner = root.get_submodule(container)
         for name, child in list(owner._modules.items()):
@@ -65,7 +65,7 @@ def _pruned(model: nn.Module, layout: DecoderLayout, held: set[str]) -> nn.Modul
     return root
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def shallow_copy(module: nn.Module) -> nn.Module:
     """A module of the same class with the same children, tensors and hooks, in dictionaries of its own."""
     made = type(module).__new__(type(module))
     vars(made).update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})

@@ -67,11 +67,8 @@ class RouterLoss:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, what routers return is noted."""
-        handles = [
-            module.register_forward_hook(self._note(recorder))
-            for recorder, module in _routers(self.part)
-            if self.wanted
-        ]
+        routers = _routers(self.part) if self.wanted else ()
+        handles = [module.register_forward_hook(self._note(recorder)) for recorder, module in routers]
         try:
             yield
         finally:
@@ -132,6 +129,8 @@ def _routers(part: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
         recorder = (getattr(container, "_can_record_outputs", None) or {}).get("router_logits")
         if recorder is None:
             continue
+        if isinstance(recorder, (list, tuple)):
+            recorder = recorder[0]
         target = getattr(recorder, "target_class", recorder)
         wanted = getattr(recorder, "layer_name", None)
         for name, module in container.named_modules():

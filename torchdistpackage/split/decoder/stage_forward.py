@@ -154,10 +154,13 @@ def _outgoing(run: _Run, ids: Tensor) -> Any:
 def _options(part: nn.Module, stage: Stage, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the model's forward."""
     options = {key: value for key, value in kwargs.items() if stage.last or key != "labels"}
-    if options.get("past_key_values") is None and hasattr(getattr(part, "config", None), "use_cache"):
+    empty = stage.layout.cache
+    if options.get("past_key_values") is not None and empty is not None:
+        options[empty.name] = options.pop("past_key_values")
+    elif options.get("cache_params") is None and hasattr(getattr(part, "config", None), "use_cache"):
         if options.get("use_cache"):
             raise PipelineError(
-                "use_cache=True without a cache: a stage returns no cache, so pass past_key_values, one for each stage"
+                "use_cache=True without a cache: a stage returns none, so pass past_key_values=new_cache(part) to each"
             )
         options["use_cache"] = False
     return options
