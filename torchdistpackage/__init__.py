@@ -35,12 +35,14 @@ if TYPE_CHECKING:
         generate,
         last_plan,
         last_timeline,
+        load_causal_lm,
         local_stages,
         partition_balanced,
         partition_causal_lm,
         partition_chunks,
         partition_uniform,
         profile_stage_costs,
+        save_causal_lm,
         split_model,
         tie_parameters,
     )
@@ -82,8 +84,9 @@ _HOME = {
     ),
     "torchdistpackage.parallel": (
         "DDP PipelineGradScaler clip_grad_norm_ draw_last_step flat_and_partition flatten_model flatten_sequence "
-        "forward_backward forward_eval generate last_plan last_timeline local_stages partition_balanced "
-        "partition_causal_lm partition_chunks partition_uniform profile_stage_costs split_model tie_parameters"
+        "forward_backward forward_eval generate last_plan last_timeline load_causal_lm local_stages "
+        "partition_balanced partition_causal_lm partition_chunks partition_uniform profile_stage_costs save_causal_lm "
+        "split_model tie_parameters"
     ),
     "torchdistpackage.schedule": "Routed",
     "torchdistpackage.split": (
@@ -131,6 +134,7 @@ __all__ = [
     "is_using_pp",
     "last_plan",
     "last_timeline",
+    "load_causal_lm",
     "load_whole_model_state_dict",
     "local_stages",
     "partition_balanced",
@@ -140,6 +144,7 @@ __all__ = [
     "pipe_split",
     "pipeline",
     "profile_stage_costs",
+    "save_causal_lm",
     "setup_distributed",
     "setup_node_groups",
     "split_causal_lm",

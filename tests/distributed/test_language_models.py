@@ -1,6 +1,7 @@
 """Language models over gloo: gradients of the plain loop, one value for tied weights, the text of the whole model."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ from distributed_pipeline import start
 from language_models import OPTIONS, language_model, padded
 from torch import nn
 
-from torchdistpackage import clip_grad_norm_, forward_backward, generate, partition_causal_lm, tpc
+from torchdistpackage import (
+    CheckpointError,
+    clip_grad_norm_,
+    forward_backward,
+    forward_eval,
+    generate,
+    load_causal_lm,
+    partition_causal_lm,
+    save_causal_lm,
+    tpc,
+)
 from torchdistpackage.schedule import describe
 
 pytest.importorskip("transformers")
@@ -95,3 +106,29 @@ def write(rank, world, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_all_stages_write_the_text_of_the_whole_model(schedule):
     run_distributed(write, 2, schedule, timeout=90)
+
+
+def save_and_load(rank, world, folder, schedule):
+    from transformers import AutoModelForCausalLM
+
+    start(2)  # four ranks: two replicas
+    ids, mask = padded()
+    for family in ("Gemma", "Mixtral"):
+        model = language_model(family)
+        save_causal_lm(partition_causal_lm(model, schedule), f"{folder}/{family}")
+        loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/{family}").eval()
+        expected = model(ids, attention_mask=mask).logits
+        assert torch.equal(loaded(ids, attention_mask=mask).logits, expected), family
+        parts = load_causal_lm(f"{folder}/{family}", schedule)
+        functions = [lambda x, part=part: part(x, attention_mask=mask) for part in parts.values()]
+        inputs = [ids if index == 0 else None for index in parts]
+        logits = forward_eval(functions, inputs, schedule=schedule, broadcast_loss=True)
+        assert torch.equal(logits, expected), family
+    with pytest.raises(CheckpointError, match="nothing"):
+        load_causal_lm(f"{folder}/nothing" if rank == 1 else f"{folder}/Gemma", schedule)
+
+
+@pytest.mark.parametrize(("schedule", "world"), [("1f1b", 2), ("zb-v", 4)])
+def test_a_directory_is_written_and_read_by_all_ranks(schedule, world):
+    with tempfile.TemporaryDirectory() as folder:
+        run_distributed(save_and_load, world, folder, schedule, timeout=90)

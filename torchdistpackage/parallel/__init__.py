@@ -15,6 +15,7 @@ from torchdistpackage.parallel.pipeline_helper import (
 )
 from torchdistpackage.parallel.pipeline_sched import forward_backward, forward_eval
 from torchdistpackage.parallel.pipeline_state import draw_last_step, last_plan, last_timeline
+from torchdistpackage.parallel.pretrained import load_causal_lm, save_causal_lm
 from torchdistpackage.parallel.profile import profile_stage_costs
 from torchdistpackage.parallel.tied_parameters import tie_parameters
 from torchdistpackage.parallel.traced_split import local_stages, split_model
@@ -33,12 +34,14 @@ __all__ = [
     "generate",
     "last_plan",
     "last_timeline",
+    "load_causal_lm",
     "local_stages",
     "partition_balanced",
     "partition_causal_lm",
     "partition_chunks",
     "partition_uniform",
     "profile_stage_costs",
+    "save_causal_lm",
     "split_model",
     "tie_parameters",
 ]

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
         stage_ids_this_rank,
     )
     from torchdistpackage.split.cost import cut_bytes, flop_counts, layer_costs, measured_times, parameter_counts
+    from torchdistpackage.split.decoder.pretrained import load_stages
+    from torchdistpackage.split.decoder.pretrained_saving import StageFiles, save_stage, write_index
     from torchdistpackage.split.layout_string import layout_boundaries, parse_layout
     from torchdistpackage.split.names import (
         TiedParameter,
@@ -92,6 +94,8 @@ _HOME = {
     ),
     "causal_lm_names": "calculate_virtual_stages generate_hf_model_fqn_per_model_part stage_ids_this_rank",
     "cost": "cut_bytes flop_counts layer_costs measured_times parameter_counts",
+    "decoder.pretrained": "load_stages",
+    "decoder.pretrained_saving": "StageFiles save_stage write_index",
     "layout_string": "layout_boundaries parse_layout",
     "names": (
         "TiedParameter load_whole_model_state_dict shared_parameters ties_in ties_of whole_model_names "
@@ -117,6 +121,7 @@ __all__ = [
     "PipelineStage",
     "SplitPoint",
     "SplitReport",
+    "StageFiles",
     "StageRow",
     "TiedParameter",
     "TracedStage",
@@ -136,6 +141,7 @@ __all__ = [
     "layer_costs",
     "layout_boundaries",
     "load_balance",
+    "load_stages",
     "load_whole_model_state_dict",
     "measured_times",
     "new_cache",
@@ -143,6 +149,7 @@ __all__ = [
     "parse_layout",
     "pipe_split",
     "pipeline",
+    "save_stage",
     "shared_parameters",
     "split",
     "split_causal_lm",
@@ -155,6 +162,7 @@ __all__ = [
     "uniform_sizes",
     "whole_model_names",
     "whole_model_state_dict",
+    "write_index",
 ]
 
 

@@ -26,9 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchdistpackage.errors import CheckpointError
+from torchdistpackage.split.decoder.part import shallow_copy
 from torchdistpackage.split.decoder.weight_files import INDEX, SINGLE, listed, need_transformers
 from torchdistpackage.split.names import ties_in
 
@@ -61,7 +63,8 @@ def save_stage(
     num_stages: int,
     *,
     max_shard_size: int | str = "5GB",
-) -> StageFiles:
+    writes: bool = True,
+) -> StageFiles | None:
     """Writes the weights of one stage, under the names of the whole model, next to a directory's present content.
 
     What the directory holds stays as it is, and whole, until `write_index` is called.
@@ -72,9 +75,11 @@ def save_stage(
         stage: Its global index.
         num_stages: Of the pipeline.
         max_shard_size: Of a file, in bytes or as "5GB".
+        writes: False on the other replicas of a stage, where only the weights that it holds for the first one (those
+            of `fully_shard`) are wanted.
 
     Returns:
-        What `write_index` needs of every stage.
+        What `write_index` needs of every stage; None if it does not write.
 
     Raises:
         CheckpointError: The part is not a model of transformers, or the directory is a file.
@@ -92,11 +97,25 @@ def save_stage(
     if os.path.isfile(directory):
         raise CheckpointError(f"{os.fspath(directory)} is a file; give a directory")
     folder = Path(directory, f"stage-{stage}-of-{num_stages}.unfinished")
-    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
     elsewhere = {name for name, tie in ties_in(model).items() if stage != tie.stages[0]}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in elsewhere}
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
-    return _renamed(folder, stage, num_stages)
+    state = {name: _whole(tensor) for name, tensor in model.state_dict().items() if name not in elsewhere}
+    if not writes:
+        return None
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
+    saver = shallow_copy(model)
+    vars(saver)["should_save_on_this_rank"] = lambda *args, **kwargs: True  # else only the first process of all writes
+    saver.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    files = _renamed(folder, stage, num_stages)
+    if state and not files.weight_map:
+        raise CheckpointError(f"stage {stage} has {len(state)} tensors, and transformers wrote none into {folder}")
+    return files
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is spread over replicas, gathered from all of them."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    whole: torch.Tensor = tensor if gather is None else gather()
+    return whole
 
 
 def write_index(directory: str | os.PathLike[str], pieces: Sequence[StageFiles]) -> None:
