@@ -102,7 +102,7 @@ def save_stage(
     if not writes:
         return None
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
-    saver = shallow_copy(model)
+    saver: Any = shallow_copy(model)
     vars(saver)["should_save_on_this_rank"] = lambda *args, **kwargs: True  # else only the first process of all writes
     saver.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     files = _renamed(folder, stage, num_stages)
