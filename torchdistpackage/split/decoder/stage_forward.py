@@ -171,8 +171,9 @@ def _stand_ins(part: nn.Module, run: _Run) -> dict[str, Any]:
     stage, layout, skeleton = run.stage, run.stage.layout, run.stage.layout.skeleton
     changed: dict[str, Any] = {}
     if run.hidden is not None:
+        dtype = run.hidden.dtype if _was_cast(part, stage.twin) else None
         for unit in set(layout.prologue) - set(layout.row[stage.start : stage.stop]):
-            changed[unit] = AbsentModule(stage.twin.get_submodule(unit), run.hidden.device, run.hidden.dtype)
+            changed[unit] = AbsentModule(stage.twin.get_submodule(unit), run.hidden.device, dtype)
         changed |= {unit: nn.Identity() for unit in layout.randoms}
     layers = []
     for place, name in enumerate(layout.row):
@@ -185,6 +186,12 @@ def _stand_ins(part: nn.Module, run: _Run) -> dict[str, Any]:
         elif not plain:
             changed[name] = seen
     return {skeleton.layers: layers, **_listed(part, stage, changed)}
+
+
+def _was_cast(part: nn.Module, twin: nn.Module) -> bool:
+    """Whether the weights have another type than when the model was cut, so that the twin's types are old."""
+    name, parameter = next(part.named_parameters(), ("", None))
+    return parameter is not None and parameter.dtype != twin.get_parameter(name).dtype
 
 
 def _listed(part: nn.Module, stage: Stage, changed: dict[str, Any]) -> dict[str, Any]:

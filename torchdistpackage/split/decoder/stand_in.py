@@ -92,10 +92,10 @@ class AbsentModule:
     Args:
         twin: The module on the meta device; it says shapes and types.
         device: Where the zeros are.
-        dtype: Floating zeros are of this type: the one in which activations travel.
+        dtype: Type of floating zeros; None for that of the twin.
     """
 
-    def __init__(self, twin: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, twin: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
         self._twin, self._device, self._dtype = twin, device, dtype
 
     def __getattr__(self, name: str) -> Any:
@@ -108,7 +108,7 @@ class AbsentModule:
         return tree_map_only(Tensor, self._zeros, found)
 
     def _zeros(self, tensor: Tensor) -> Tensor:
-        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
         return torch.zeros(tensor.shape, dtype=dtype, device=self._device)
 
 
