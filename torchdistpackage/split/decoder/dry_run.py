@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchdistpackage.errors import SplitError
-from torchdistpackage.split.decoder.cache import EmptyCache, is_cache
+from torchdistpackage.split.decoder.cache import EmptyCache, cache_places, is_cache
 from torchdistpackage.split.decoder.findings import ROWS, TOKENS, Call, Findings, conclude
 from torchdistpackage.split.decoder.layout import DecoderLayout, Skeleton
 from torchdistpackage.split.decoder.stand_in import HIDDEN, filled, form_of, on_meta
 
-__all__ = ["dry_run", "ids_name", "model_output"]
+__all__ = ["dry_run", "ids_name", "model_output", "switches"]
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "past_key_values_length")
 
@@ -48,22 +48,29 @@ def dry_run(twin: nn.Module, skeleton: Skeleton) -> DecoderLayout:
     with torch.enable_grad():
         try:
             with watch:
-                logits = model_output(twin(**{ids_name(twin): ids}, **_plainly(twin)))
+                logits = model_output(twin(**{ids_name(twin): ids}, **dict.fromkeys(switches(twin), False)))
         except Exception as error:
             raise SplitError(
                 f"the structure of {type(twin).__name__} could not be looked at: its forward without weights fails "
                 f"with {type(error).__name__}: {error}"
             ) from error
         layout = conclude(twin, skeleton, seen, logits, watch.read)
-        return dataclasses.replace(layout, cache=_empty_cache(twin, ids))
+        return dataclasses.replace(
+            layout,
+            ids_name=ids_name(twin),
+            switches=switches(twin),
+            cache=_empty_cache(twin, ids),
+            cache_places=cache_places(twin, skeleton),
+        )
 
 
 def _empty_cache(twin: nn.Module, ids: Tensor) -> EmptyCache | None:
     """What the model makes when it is asked for a cache; its layers, which do not compute, leave it empty."""
-    if not hasattr(getattr(twin, "config", None), "use_cache"):
+    options = dict.fromkeys(switches(twin), False)
+    if "use_cache" not in options:
         return None
     try:
-        result = twin(**{ids_name(twin): ids}, **_plainly(twin, use_cache=True))
+        result = twin(**{ids_name(twin): ids, **options, "use_cache": True})
     except Exception:  # a model that has no cache may say so
         return None
     for name in ("past_key_values", "cache_params"):
@@ -91,11 +98,14 @@ def model_output(result: Any) -> Tensor:
     return found
 
 
-def _plainly(model: nn.Module, *, use_cache: bool = False) -> dict[str, Any]:
-    """Options that switch off what a configuration may ask for besides the logits."""
-    config = getattr(model, "config", None)
-    options = {"use_cache": use_cache, "output_router_logits": False}
-    return {name: value for name, value in options.items() if hasattr(config, name)}
+def switches(model: nn.Module) -> tuple[str, ...]:
+    """What the configuration may ask for besides logits, and the forward can be told not to do."""
+    config, arguments = getattr(model, "config", None), inspect.signature(model.forward).parameters.values()
+    names = {argument.name for argument in arguments}
+    any_name = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
+    return tuple(
+        name for name in ("use_cache", "output_router_logits") if hasattr(config, name) and (any_name or name in names)
+    )
 
 
 @final

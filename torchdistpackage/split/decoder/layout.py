@@ -76,7 +76,10 @@ class DecoderLayout:
         returns: For each layer the form of what it returns, see `stand_in.form_of`.
         rows_at: For each place in the row, where the hidden state's shape has (rows, tokens), counted from the end.
         reads_ids: Whether anything but the embedding looks at the token ids; then they travel.
-        cache: The model's empty key-value cache and its name, `cache.EmptyCache`; None where it makes none.
+        ids_name: What the model calls its token ids.
+        switches: Arguments of the forward that can switch off what the configuration asks for.
+        cache: The model's empty key-value cache and its name; None where it makes none.
+        cache_places: For each layer its places in a cache.
     """
 
     skeleton: Skeleton
@@ -90,7 +93,10 @@ class DecoderLayout:
     returns: tuple[Any, ...]
     rows_at: tuple[int, ...]
     reads_ids: bool
+    ids_name: str = "input_ids"
+    switches: tuple[str, ...] = ()
     cache: EmptyCache | None = None
+    cache_places: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_layers(self) -> int:

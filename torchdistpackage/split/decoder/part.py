@@ -12,8 +12,6 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from torchdistpackage.split.decoder.cache import cache_places
-from torchdistpackage.split.decoder.dry_run import ids_name
 from torchdistpackage.split.decoder.layout import DecoderLayout
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, stage_forward
 
@@ -34,8 +32,7 @@ def make_part(
         first: Whether it holds the prologue.
         last: Whether it gives the logits.
     """
-    caches = cache_places(twin, layout.skeleton)
-    stage = Stage(layout, twin, start, stop, first=first, last=last, caches=caches, ids_name=ids_name(twin))
+    stage = Stage(layout, twin, start, stop, first=first, last=last)
     held = {*layout.row[start:stop], *(layout.prologue if first else ()), *(layout.idle if last else ())}
     part = _pruned(model, layout, held)
     part.__class__ = _part_class(type(model))

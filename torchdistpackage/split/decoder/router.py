@@ -44,21 +44,21 @@ class RouterLoss:
     logits: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, part: Any, kwargs: dict[str, Any]) -> RouterLoss:
+    def of(cls, part: Any, kwargs: dict[str, Any], has_switch: bool) -> RouterLoss:
         """Reads and switches off `output_router_logits`: the model would take this stage's layers for all.
 
         Args:
             part: The stage.
             kwargs: The arguments of its forward; changed.
+            has_switch: Whether the model knows `output_router_logits`.
 
         Raises:
             SplitError: The family has a loss of its own.
         """
-        config = getattr(part, "config", None)
-        asked = kwargs.pop("output_router_logits", None)
-        wanted = bool(getattr(config, "output_router_logits", False) if asked is None else asked)
-        if asked is None and not hasattr(config, "output_router_logits"):
+        if not has_switch:
             return cls(part, False)
+        asked = kwargs.pop("output_router_logits", None)
+        wanted = bool(part.config.output_router_logits if asked is None else asked)
         kwargs["output_router_logits"] = False
         if wanted:
             _check_formula(part)

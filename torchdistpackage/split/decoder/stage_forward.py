@@ -35,8 +35,6 @@ class Stage:
         stop: The place after its last one.
         first: Whether the ids enter here.
         last: Whether the logits leave here.
-        caches: For each layer its places in a key-value cache.
-        ids_name: What the model calls its token ids.
     """
 
     layout: DecoderLayout
@@ -45,8 +43,6 @@ class Stage:
     stop: int
     first: bool
     last: bool
-    caches: tuple[tuple[int, ...], ...]
-    ids_name: str
 
     def __deepcopy__(self, memo: Any) -> Stage:
         return self
@@ -93,11 +89,11 @@ def stage_forward(self: Any, x: Any = None, **kwargs: Any) -> Any:
     """
     stage: Stage = vars(self)[STAGE]
     ids, run = _incoming(stage, x, kwargs)
-    router = RouterLoss.of(self, kwargs)
-    options = _options(self, stage, kwargs)
+    router = RouterLoss.of(self, kwargs, "output_router_logits" in stage.layout.switches)
+    options = _options(stage, kwargs)
     with shown(self, _stand_ins(self, run)), router.listening():
         try:
-            result = type(self)._whole_forward(self, **{stage.ids_name: ids}, **options)
+            result = type(self)._whole_forward(self, **{stage.layout.ids_name: ids}, **options)
         except _Left:
             router.add(run.travelling, run.carried, kwargs.get("attention_mask"))
             return _outgoing(run, ids)
@@ -112,7 +108,7 @@ def stage_forward(self: Any, x: Any = None, **kwargs: Any) -> Any:
 
 
 def _incoming(stage: Stage, x: Any, kwargs: dict[str, Any]) -> tuple[Tensor, _Run]:
-    ids = kwargs.pop(stage.ids_name, None)
+    ids = kwargs.pop(stage.layout.ids_name, None)
     if stage.first:
         ids = x if x is not None else ids
         if not isinstance(ids, Tensor) or ids.is_floating_point():
@@ -151,13 +147,13 @@ def _outgoing(run: _Run, ids: Tensor) -> Any:
     return {"hidden_states": run.leaving, **message, **({"names": names} if names else {})}
 
 
-def _options(part: nn.Module, stage: Stage, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _options(stage: Stage, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the model's forward."""
     options = {key: value for key, value in kwargs.items() if stage.last or key != "labels"}
     empty = stage.layout.cache
     if options.get("past_key_values") is not None and empty is not None:
         options[empty.name] = options.pop("past_key_values")
-    elif options.get("cache_params") is None and hasattr(getattr(part, "config", None), "use_cache"):
+    elif options.get("cache_params") is None and "use_cache" in stage.layout.switches:
         if options.get("use_cache"):
             raise PipelineError(
                 "use_cache=True without a cache: a stage returns none, so pass past_key_values=new_cache(part) to each"
@@ -231,7 +227,7 @@ def _call(run: _Run, place: int, module: nn.Module | None) -> Callable[..., Any]
         cache = cache_in(args, kwargs)
         if cache is not None and place < layout.num_layers:
             at = layout.rows_at[place]
-            mark_length(cache, stage.caches[place], hidden.shape[at], hidden.shape[at + 1], hidden.device)
+            mark_length(cache, layout.cache_places[place], hidden.shape[at], hidden.shape[at + 1], hidden.device)
         if place == leaves_at and not stage.last:
             raise _Left
         return hidden if place >= layout.num_layers else filled(layout.returns[place], hidden)
