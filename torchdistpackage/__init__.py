@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         torch_parallel_context,
         tpc,
     )
+    from torchdistpackage.trainer import AutoPipeline, AutoPipelineConfig, PipelineInfo
 
 __version__ = "0.1.0.dev0"
 
@@ -98,11 +99,14 @@ _HOME = {
         "ParallelContext find_free_port is_using_pp setup_distributed setup_node_groups test_comm "
         "torch_parallel_context tpc"
     ),
+    "torchdistpackage.trainer": "AutoPipeline AutoPipelineConfig PipelineInfo",
 }
 _ROOM = {name: room for room, names in _HOME.items() for name in names.split()}
 
 __all__ = [
     "DDP",
+    "AutoPipeline",
+    "AutoPipelineConfig",
     "CheckpointError",
     "DeadlockError",
     "ModelSplitter",
@@ -110,6 +114,7 @@ __all__ = [
     "Pipe",
     "PipelineError",
     "PipelineGradScaler",
+    "PipelineInfo",
     "PipelineStage",
     "Routed",
     "ScheduleError",

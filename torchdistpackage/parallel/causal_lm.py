@@ -94,7 +94,7 @@ def generate(
         >>> tokens = generate(parts, prompt_ids, max_new_tokens=100, do_sample=True, top_k=50)
     """
     with guarded("generate"):
-        shell = _shell(parts, schedule)
+        shell = _shell(parts, _for_one_microbatch(schedule))
         drawn = seed if seed is not None else torch.initial_seed() % 2**63
         agreed = broadcast_json(drawn, tpc.get_control_group("pipe")) if tpc.get_pp_size() > 1 else drawn
     caches = _Caches.of(parts) if options.get("use_cache", True) else None
@@ -109,6 +109,16 @@ def generate(
             for part in parts.values():
                 for module in part.modules():
                     module.training = training[id(module)]
+
+
+def _for_one_microbatch(schedule: Any) -> Any:
+    """A plan says how many micro-batches it is for; the forwards of one have a single order, given the placement."""
+    if not isinstance(schedule, Plan):
+        return schedule
+    placement = schedule.placement
+    if placement == Placement.v(placement.num_ranks, 2):
+        return "zb-v"
+    return "1f1b" if placement.num_stages == placement.num_ranks else "interleaved-1f1b"
 
 
 def _shell(parts: Mapping[int, nn.Module], schedule: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Data parallelism around a pipeline: torch's DistributedDataParallel, reduced exactly once a step.
+"""Data parallelism around a pipeline: torch's wrappers, reduced exactly once a step.
 
 DistributedDataParallel arms its reduction in `forward` and fires it in the next backward. A pipeline runs several
 forwards before the first backward, so left alone it reduces the first micro-batch and silently nothing after it. Here
@@ -11,7 +11,8 @@ A split backward is armed before its last W; what got all of its gradient with a
 chunks of one rank that share a parameter (a tie under v placement) are reduced together, when both are complete: the
 sum over the replicas must not be taken while one chunk still adds to it, nor be taken twice.
 
-Neighbours: `pipeline_sched.py` hands a reducer to each stage; `runtime/stage.py` calls it and knows only its protocol.
+Neighbours: `pipeline_sched.py` hands a reducer to each stage; `runtime/stage.py` calls it and knows only its protocol;
+`fully_sharded.py` has what modules need that torch's `fully_shard` was applied to.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.fully_sharded import FullySharded, is_fully_sharded
 from torchdistpackage.runtime.backward import reachable_leaves
 from torchdistpackage.topology import tpc
 
@@ -75,7 +77,9 @@ class DDP(DistributedDataParallel):
 
 @final
 class DistributedDataParallelReducer:
-    """Finds the DistributedDataParallel modules of a stage and reduces them once, with the last backward.
+    """Finds the data-parallel modules of a stage and reduces them once, with the last backward.
+
+    Those are DistributedDataParallel wrappers, and modules that `fully_shard` was applied to.
 
     They are found while the first micro-batch's forward runs, by a global hook that lives for that forward only: it
     does not matter how `fwd_fn` reaches them, whether it is a new closure every step, or which of several models this
@@ -86,20 +90,19 @@ class DistributedDataParallelReducer:
         agree: Returns when all replicas are about to reduce; raises if one of them has failed.
     """
 
-    def __init__(
-        self, modules: Sequence[DistributedDataParallel] | None = None, agree: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, modules: Sequence[nn.Module] | None = None, agree: Callable[[], None] | None = None) -> None:
         self._modules, self._agree = modules, agree
         self._family = [self]
         self._together: list[DistributedDataParallelReducer] = []
         self._complete = self._under_way = False
         self._quiet: list[DistributedDataParallel] = []
+        self._sharded: list[FullySharded] = []
         self._reached: frozenset[int] | None = None
         self._output: Any = None
 
     @classmethod
     def of_chunks(
-        cls, modules: Sequence[Sequence[DistributedDataParallel] | None], agree: Callable[[], None] | None = None
+        cls, modules: Sequence[Sequence[nn.Module] | None], agree: Callable[[], None] | None = None
     ) -> list[DistributedDataParallelReducer]:
         """The reducers of all chunks of this rank for one step, which know of each other.
 
@@ -144,20 +147,26 @@ class DistributedDataParallelReducer:
             parameters: If the backward is split, the ids of the parameters that its second half still reaches; the
                 others have all that they get, and `finish` says so to torch's reducer.
         """
-        if self._quiet and self._agree is not None:
+        if (self._quiet or self._sharded) and self._agree is not None:
             self._agree()
             for reducer in self._family:
                 reducer._agree = None
+        for sharded in self._sharded:
+            self._under_way = True
+            sharded.arm(split=parameters is not None)
         self._reached, self._output = parameters, output
         self._together = self._connected()
         if len(self._together) == 1:
-            self._under_way = bool(self._quiet)
+            self._under_way = bool(self._quiet or self._sharded)
             for module in self._quiet:
                 _prepare(module, _tensors(output))
 
     def finish(self) -> None:
         """Comes after the last backward; torch's reducer has waited for its buckets at the end of that."""
         self._complete = True
+        while self._sharded:
+            self._sharded[-1].finish()
+            self._sharded.pop()
         together = self._together or [self]
         if not all(reducer._complete for reducer in together):
             return  # the last of the chunks that share a parameter reduces for all of them
@@ -184,7 +193,9 @@ class DistributedDataParallelReducer:
                 module.reducer._remove_autograd_hooks()  # it would go on in the backwards of another wrapper
             module.require_backward_grad_sync = True
             module.require_forward_param_sync = True  # the quiet forwards have turned it off
-        self._quiet = []
+        for sharded in self._sharded:
+            sharded.cancel()
+        self._quiet, self._sharded = [], []
         self._reached = self._output = None
         self._together, self._complete = [], False
         return whole
@@ -203,7 +214,15 @@ class DistributedDataParallelReducer:
     def _parameters(self) -> set[int]:
         return {id(p) for module in self._quiet for p in _trainable(module)}
 
-    def _silence(self, module: DistributedDataParallel) -> None:
+    def _silence(self, module: nn.Module) -> None:
+        if not isinstance(module, DistributedDataParallel):
+            if any(module is sharded.module for reducer in self._family for sharded in reducer._sharded):
+                raise PipelineError(
+                    f"one fully sharded {type(module).__name__} runs several stages of this rank; apply fully_shard to "
+                    "each stage's own module"
+                )
+            self._sharded.append(FullySharded(module))
+            return
         if module in _cut_off:
             raise PipelineError(
                 "a failure has cut off the reduction of this DistributedDataParallel wrapper, and torch cannot take it "
@@ -289,7 +308,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 class _Search:
-    """A global forward pre-hook that reports DistributedDataParallel modules.
+    """A global forward pre-hook that reports data-parallel modules.
 
     It steps aside while a module that it found runs: what is inside of that needs no search, and a compiled module
     inside would be compiled again for the sake of the hook.
@@ -316,7 +335,8 @@ class _Search:
             self._hook = None
 
     def _look(self, module: nn.Module, _: Any) -> None:
-        if isinstance(module, DistributedDataParallel) and torch.is_grad_enabled():
+        known = isinstance(module, DistributedDataParallel) or is_fully_sharded(module)
+        if known and torch.is_grad_enabled():
             self._found(module)
             self._pause()
             self._returns.append(module.register_forward_hook(lambda *_: self.start()))

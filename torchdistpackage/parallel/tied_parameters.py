@@ -180,17 +180,21 @@ class TiedParameters:
 
 def _value(tie: _Tie) -> Tensor | None:
     parameter = tie.parameter()
-    return None if parameter is None else parameter.detach()
+    return None if parameter is None else _local(parameter.detach())
 
 
 def _take_value(parameter: Tensor, found: list[Tensor]) -> None:
-    with torch.no_grad():
-        parameter.copy_(found[0])
+    _local(parameter.detach()).copy_(found[0])
 
 
 def _gradient(tie: _Tie) -> Tensor | None:
     parameter = tie.parameter()
-    return None if parameter is None else parameter.grad
+    return None if parameter is None or parameter.grad is None else _local(parameter.grad)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a parameter that is sharded over its replicas: the other holders' are of the same rows."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _take_sum(parameter: Tensor, found: list[Tensor]) -> None:
@@ -199,10 +203,12 @@ def _take_sum(parameter: Tensor, found: list[Tensor]) -> None:
     total = found[0].clone()
     for gradient in found[1:]:
         total += gradient
-    if parameter.grad is None:
+    if parameter.grad is None and _local(parameter) is parameter:
         parameter.grad = total
-    else:
-        parameter.grad.copy_(total)  # in place: it may be a view into a bucket
+        return
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter.detach())
+    _local(parameter.grad).copy_(total)  # in place: it may be a view into a bucket
 
 
 _current: list[tuple[Any, TiedParameters]] = []

@@ -88,6 +88,7 @@ def stage_forward(self: Any, x: Any = None, **kwargs: Any) -> Any:
         PipelineError: What came in is not what this stage takes, or the model skipped a layer.
     """
     stage: Stage = vars(self)[STAGE]
+    _check_containers(self, stage)
     ids, run = _incoming(stage, x, kwargs)
     router = RouterLoss.of(self, kwargs, "output_router_logits" in stage.layout.switches)
     options = _options(stage, kwargs)
@@ -105,6 +106,18 @@ def stage_forward(self: Any, x: Any = None, **kwargs: Any) -> Any:
     if kwargs.get("labels") is not None and getattr(result, "loss", None) is not None:
         return router.added_to(result.loss, run.carried, kwargs.get("attention_mask"))
     return model_output(result)
+
+
+def _check_containers(part: nn.Module, stage: Stage) -> None:
+    """The forward of what is around the layers is left half way, and its hooks do not run."""
+    if stage.last:
+        return
+    for name in stage.layout.skeleton.containers[1:]:
+        if hasattr(part.get_submodule(name), "set_requires_gradient_sync"):
+            raise PipelineError(
+                f"fully_shard was applied to {name!r} inside of a stage, whose forward does not end on this stage; "
+                "apply it to the layers and to the stage itself"
+            )
 
 
 def _incoming(stage: Stage, x: Any, kwargs: dict[str, Any]) -> tuple[Tensor, _Run]:

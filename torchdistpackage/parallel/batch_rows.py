@@ -1,0 +1,57 @@
+"""How many rows the batch has, on every rank: only the rank where it enters can count them.
+
+A step needs to know it before it starts where the number of micro-batches depends on it. The number goes from neighbour
+to neighbour, ahead of the first activation, for which everybody waits anyway::
+
+    rank 0: rows -> rank 1 -> rank 2 -> rank 3          then F0 of rank 0, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.pipeline_state import current_state
+from torchdistpackage.runtime.message import Kind, flatten
+
+__all__ = ["rows_on_every_rank"]
+
+_ROWS = 5  # what an exchange is about, in the place of a micro-batch's number; see `step_plan.py`
+
+
+def rows_on_every_rank(count: Callable[[], int | None], owner: int = 0) -> int:
+    """The rows of the batch that comes next. Collective over the pipeline.
+
+    Args:
+        count: Looks at this rank's inputs; what it raises, every rank hears of. Its result counts on one rank.
+        owner: The rank of the first stage.
+
+    Raises:
+        PipelineError: There is nothing to count on the rank of the first stage; or another rank failed.
+        TopologyError: Process groups have not been set up.
+
+    Example:
+        >>> rows = rows_on_every_rank(lambda: len(samples) if tpc.is_first_in_pipeline_group() else None)
+    """
+    state = current_state()
+    transport = state.transport
+    rank = transport.rank
+    with transport.guard("counting the rows of the batch"):
+        state.recover()
+        transport.announce("the rows of the batch")
+        rows = count()
+        if rank != owner:
+            sender = rank + 1 if rank < owner else rank - 1
+            rows = int(transport.inlet(sender).take(Kind.VALUE, owner, _ROWS).tensors[0])
+        elif not rows:
+            raise PipelineError(
+                f"there is no batch on rank {rank} of the pipeline, where the first stage is: pass it there, with at "
+                "least one row"
+            )
+        for receiver in (rank - 1, rank + 1):
+            if 0 <= receiver < transport.num_ranks and abs(receiver - owner) > abs(rank - owner):
+                transport.outlet(receiver).send(Kind.VALUE, owner, _ROWS, 0, *flatten(torch.tensor(rows)))
+    assert rows is not None
+    return rows
