@@ -25,7 +25,7 @@ from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.parallel.step_plan import placement_of
 from torchdistpackage.schedule import Placement, Plan
 from torchdistpackage.split.causal_lm import new_cache, split_causal_lm
-from torchdistpackage.split.decoder.part import shallow_copy
+from torchdistpackage.split.decoder.part import shallow_copy, unwrapped
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import broadcast_json
 
@@ -75,7 +75,7 @@ def generate(
     """Text from all stages: transformers' `generate`, on every rank of the pipeline. Collective.
 
     Args:
-        parts: This rank's stages, from `partition_causal_lm`.
+        parts: This rank's stages, from `partition_causal_lm`; also wrapped in DistributedDataParallel.
         input_ids: The prompts, (rows, tokens), the same on every rank.
         schedule: The one that the stages were cut for.
         seed: Of the random numbers, where tokens are drawn; the first rank's when None. The state of torch's
@@ -94,6 +94,7 @@ def generate(
         >>> tokens = generate(parts, prompt_ids, max_new_tokens=100, do_sample=True, top_k=50)
     """
     with guarded("generate"):
+        parts = {index: unwrapped(part) for index, part in parts.items()}
         shell = _shell(parts, _for_one_microbatch(schedule))
         drawn = seed if seed is not None else torch.initial_seed() % 2**63
         agreed = broadcast_json(drawn, tpc.get_control_group("pipe")) if tpc.get_pp_size() > 1 else drawn

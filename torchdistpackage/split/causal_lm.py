@@ -22,7 +22,7 @@ from torchdistpackage.split.boundaries import balanced_boundaries, boundaries_of
 from torchdistpackage.split.causal_lm_names import MULTIMODAL_SUFFIXES
 from torchdistpackage.split.decoder.find import find_layout
 from torchdistpackage.split.decoder.layout import DecoderLayout
-from torchdistpackage.split.decoder.part import make_part
+from torchdistpackage.split.decoder.part import make_part, unwrapped
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage
 from torchdistpackage.split.decoder.twin import make_twin
 from torchdistpackage.split.names import record_names, record_ties
@@ -201,7 +201,7 @@ def new_cache(part: nn.Module) -> Any:
     Raises:
         SplitError: The model makes no cache that transformers knows.
     """
-    stage: Stage | None = vars(part).get(STAGE)
+    stage: Stage | None = vars(unwrapped(part)).get(STAGE)
     if stage is None:
         raise SplitError(f"{type(part).__name__} is no stage of split_causal_lm; a cache belongs to a stage")
     if stage.layout.cache is None:

@@ -15,7 +15,7 @@ from torch import nn
 from torchdistpackage.split.decoder.layout import DecoderLayout
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, stage_forward
 
-__all__ = ["make_part", "shallow_copy"]
+__all__ = ["make_part", "shallow_copy", "unwrapped"]
 
 
 def make_part(
@@ -67,6 +67,16 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     made = type(module).__new__(type(module))
     vars(made).update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
     return made
+
+
+def unwrapped(part: nn.Module) -> nn.Module:
+    """The part inside of DistributedDataParallel or torch.compile; anything else as it is."""
+    while STAGE not in vars(part):
+        inner = getattr(part, "module", None) or getattr(part, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return part
+        part = inner
+    return part
 
 
 _classes: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from torchdistpackage.errors import CheckpointError
-from torchdistpackage.split.decoder.part import shallow_copy
+from torchdistpackage.split.decoder.part import shallow_copy, unwrapped
 from torchdistpackage.split.decoder.weight_files import INDEX, SINGLE, listed, need_transformers
 from torchdistpackage.split.names import ties_in
 
@@ -89,9 +89,7 @@ def save_stage(
         >>> write_index("tuned", pieces)  # doctest: +SKIP
     """
     need_transformers()
-    model: Any = part
-    while not hasattr(model, "save_pretrained") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+    model: Any = unwrapped(part)
     if not hasattr(model, "save_pretrained"):
         raise CheckpointError(f"{type(part).__name__} is not a part of a transformers model: it has no save_pretrained")
     if os.path.isfile(directory):
