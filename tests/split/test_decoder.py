@@ -323,6 +323,21 @@ def test_a_stage_says_what_it_takes():
         parts[1](IDS)
 
 
+class Unwritten(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(5, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.head = nn.Linear(4, 5)
+
+
+def test_a_model_without_a_forward_can_be_cut_and_not_run():
+    parts = split_causal_lm(Unwritten(), 2)
+    assert parts[0].head is None
+    assert list(parts[1].layers) == ["2"]
+    with pytest.raises(PipelineError, match="Unwritten has no forward"):
+        parts[0](IDS)
+
+
 def test_after_an_error_the_stage_is_as_before():
     parts = split_causal_lm(Decoder(), 2)
     with pytest.raises(RuntimeError):

@@ -78,7 +78,8 @@ class AutoPipeline:
             raise TypeError(f"{', '.join(options)} belong(s) into the AutoPipelineConfig that is given as well")
         if config.world_mesh is None:
             raise TopologyError(
-                "world_mesh must be provided: init_device_mesh('cuda', (4,), mesh_dim_names=('pp',)) is one"
+                "AutopipelineConfig.world_mesh must be provided: init_device_mesh('cuda', (4,), "
+                "mesh_dim_names=('pp',)) is one"
             )
         config.validate()
         self.cfg: AutoPipelineConfig = config
@@ -280,12 +281,13 @@ class AutoPipeline:
     def debug_summary(self) -> str:
         """Sizes in a few lines."""
         schedule = self._info.schedule
+        name = None if schedule is None else getattr(schedule, "name", type(schedule).__name__)
         return "\n".join(
             (
                 f"PP degree: {self.pp_mesh.size()}",
                 f"Local stages: {len(self._info.stages or ())}",
-                f"Schedule: {None if schedule is None else schedule.name}",
-                f"n_microbatches: {None if schedule is None else schedule.n_microbatches}",
+                f"Schedule: {name}",
+                f"n_microbatches: {getattr(schedule, 'n_microbatches', None)}",
                 f"Total params: {self._counts.total:,} (trainable: {self._counts.trainable:,})",
             )
         )

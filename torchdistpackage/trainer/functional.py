@@ -73,6 +73,10 @@ class PipelinedModel(NamedTuple):
     stages: list[PipelineStage]
 
 
+_BASE_CLASSES = {"PipelineScheduleSingle": "1f1b", "PipelineScheduleMulti": "interleaved-1f1b"}
+"""Torch's names for any schedule with one stage a rank, or several: the usual one of each kind."""
+
+
 def get_schedule_class(name: str) -> ScheduleFacts:
     """What is known of a schedule, by name: this library's, or torch's (`"Interleaved1F1B"`, `"ScheduleGPipe"`).
 
@@ -83,6 +87,8 @@ def get_schedule_class(name: str) -> ScheduleFacts:
         >>> get_schedule_class("ScheduleInterleavedZeroBubble").name, get_schedule_class("DualPipeV").placement
         ('interleaved-zb', 'v')
     """
+    if name in _BASE_CLASSES:
+        return describe(_BASE_CLASSES[name])
     return describe(name[len("Schedule") :] if isinstance(name, str) and name.startswith("Schedule") else name)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split.decoder.dry_run import dry_run
-from torchdistpackage.split.decoder.layout import DecoderLayout, possible_skeletons
+from torchdistpackage.split.decoder.layout import DecoderLayout, layout_by_order, possible_skeletons
 from torchdistpackage.split.decoder.twin import make_twin
 
 __all__ = ["find_layout"]
@@ -24,7 +24,10 @@ def find_layout(model: nn.Module) -> DecoderLayout:
         SplitError: It is no decoder with a row of layers; says what is in the way of the likeliest row.
     """
     refusal: SplitError | None = None
-    for skeleton in possible_skeletons(model)[:_TRIED]:
+    skeletons = possible_skeletons(model)[:_TRIED]
+    if type(model).forward is nn.Module.forward:
+        return layout_by_order(model, skeletons[0])
+    for skeleton in skeletons:
         try:
             return dry_run(make_twin(model), skeleton)
         except SplitError as error:

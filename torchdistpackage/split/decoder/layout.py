@@ -22,7 +22,7 @@ from torch import nn
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split.decoder.cache import EmptyCache
 
-__all__ = ["ArgumentKey", "DecoderLayout", "Skeleton", "hidden_key", "possible_skeletons"]
+__all__ = ["ArgumentKey", "DecoderLayout", "Skeleton", "hidden_key", "layout_by_order", "possible_skeletons"]
 
 ArgumentKey = int | str
 """A place among the arguments of a call: a position or a keyword."""
@@ -140,6 +140,31 @@ def _skeleton(model: nn.Module, name: str) -> Skeleton:
 
 def _weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def layout_by_order(model: nn.Module, skeleton: Skeleton) -> DecoderLayout:
+    """The layout of a model whose forward is not written, so that its parts can be looked at but not run.
+
+    What its modules are for is taken from the order in which they were made.
+    """
+    names = [name for name, _ in model.named_modules()]
+    begin = names.index(skeleton.layers)
+    weighty = [unit for unit in skeleton.units if next(model.get_submodule(unit).parameters(), None) is not None]
+    behind = tuple(unit for unit in weighty if names.index(unit) > begin)
+    layers = tuple(skeleton.layer(place) for place in range(skeleton.num_layers))
+    return DecoderLayout(
+        skeleton=skeleton,
+        prologue=tuple(unit for unit in weighty if unit not in behind),
+        row=(*layers, *behind),
+        idle=(),
+        randoms=(),
+        carried={},
+        chained={},
+        shared=(),
+        returns=(),
+        rows_at=(),
+        reads_ids=False,
+    )
 
 
 def hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ArgumentKey:

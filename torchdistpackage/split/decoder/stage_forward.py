@@ -108,8 +108,10 @@ def stage_forward(self: Any, x: Any = None, **kwargs: Any) -> Any:
     return model_output(result)
 
 
-def _check_containers(part: nn.Module, stage: Stage) -> None:
+def _check_containers(part: Any, stage: Stage) -> None:
     """The forward of what is around the layers is left half way, and its hooks do not run."""
+    if type(part)._whole_forward is nn.Module.forward:
+        raise PipelineError(f"{type(part).__name__} has no forward, so that its stages cannot run")
     if stage.last:
         return
     for name in stage.layout.skeleton.containers[1:]:
