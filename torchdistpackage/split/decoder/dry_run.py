@@ -52,7 +52,7 @@ def dry_run(twin: nn.Module, skeleton: Skeleton) -> DecoderLayout:
         except Exception as error:
             raise SplitError(
                 f"the structure of {type(twin).__name__} could not be looked at: its forward without weights fails "
-                f"with {type(error).__name__}: {error}"
+                f"with {type(error).__name__}: {error}; cut it with torchdistpackage.split_model, by tracing"
             ) from error
         layout = conclude(twin, skeleton, seen, logits, watch.read)
         return dataclasses.replace(
@@ -65,7 +65,7 @@ def dry_run(twin: nn.Module, skeleton: Skeleton) -> DecoderLayout:
 
 
 def _empty_cache(twin: nn.Module, ids: Tensor) -> EmptyCache | None:
-    """What the model makes when it is asked for a cache; its layers, which do not compute, leave it empty."""
+    """What the model makes when it is asked for a cache; its layers do not compute and leave it empty."""
     options = dict.fromkeys(switches(twin), False)
     if "use_cache" not in options:
         return None
@@ -74,7 +74,9 @@ def _empty_cache(twin: nn.Module, ids: Tensor) -> EmptyCache | None:
     except Exception:  # a model that has no cache may say so
         return None
     for name in ("past_key_values", "cache_params"):
-        if is_cache(found := getattr(result, name, None)):
+        found: Any = getattr(result, name, None)
+        if is_cache(found):
+            found.reset()  # what is around the layers may have noted positions in it
             return EmptyCache(name, found)
     return None
 
@@ -99,12 +101,12 @@ def model_output(result: Any) -> Tensor:
 
 
 def switches(model: nn.Module) -> tuple[str, ...]:
-    """What the configuration may ask for besides logits, and the forward can be told not to do."""
+    """What a forward can be told not to do, by its own arguments or, if it takes any, by what its configuration names."""
     config, arguments = getattr(model, "config", None), inspect.signature(model.forward).parameters.values()
     names = {argument.name for argument in arguments}
     any_name = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
     return tuple(
-        name for name in ("use_cache", "output_router_logits") if hasattr(config, name) and (any_name or name in names)
+        name for name in ("use_cache", "output_router_logits") if name in names or (any_name and hasattr(config, name))
     )
 
 

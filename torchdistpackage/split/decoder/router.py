@@ -58,7 +58,7 @@ class RouterLoss:
         if not has_switch:
             return cls(part, False)
         asked = kwargs.pop("output_router_logits", None)
-        wanted = bool(part.config.output_router_logits if asked is None else asked)
+        wanted = bool(getattr(part.config, "output_router_logits", False) if asked is None else asked)
         kwargs["output_router_logits"] = False
         if wanted:
             _check_formula(part)
@@ -126,16 +126,15 @@ def _loss(sums: list[Any]) -> Tensor:
 def _routers(part: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
     """The modules whose outputs the family calls router logits."""
     for container in part.modules():
-        recorder = (getattr(container, "_can_record_outputs", None) or {}).get("router_logits")
-        if recorder is None:
+        recorders = (getattr(container, "_can_record_outputs", None) or {}).get("router_logits")
+        if recorders is None:
             continue
-        if isinstance(recorder, (list, tuple)):
-            recorder = recorder[0]
-        target = getattr(recorder, "target_class", recorder)
-        wanted = getattr(recorder, "layer_name", None)
-        for name, module in container.named_modules():
-            if isinstance(module, target) and (wanted is None or wanted in name):
-                yield recorder, module
+        for recorder in recorders if isinstance(recorders, (list, tuple)) else [recorders]:
+            target: Any = getattr(recorder, "target_class", recorder)
+            wanted = getattr(recorder, "layer_name", None)
+            for name, module in container.named_modules():
+                if isinstance(module, target) and (wanted is None or wanted in name):
+                    yield recorder, module
         return
 
 
