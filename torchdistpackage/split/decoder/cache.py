@@ -48,8 +48,9 @@ def is_cache(value: Any) -> bool:
 
 def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The cache of self-attention among the arguments of a layer's call, or None."""
-    found = [kwargs[name] for name in _NAMES if name in kwargs]
-    cache = next((value for value in (*found, *args) if is_cache(value)), None)
+    found = [value for name in _NAMES if (value := kwargs.get(name)) is not None]
+    found += [value for value in args if value is not None and not isinstance(value, torch.Tensor)]
+    cache = next((value for value in found if is_cache(value)), None)
     return getattr(cache, "self_attention_cache", cache)
 
 

@@ -101,7 +101,7 @@ def model_output(result: Any) -> Tensor:
 
 
 def switches(model: nn.Module) -> tuple[str, ...]:
-    """What a forward can be told not to do, by its own arguments or, if it takes any, by what its configuration names."""
+    """What a forward can be told not to do: by its own arguments, or by the configuration's if it takes any."""
     config, arguments = getattr(model, "config", None), inspect.signature(model.forward).parameters.values()
     names = {argument.name for argument in arguments}
     any_name = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -15,7 +16,7 @@ from torchdistpackage.split.decoder.cache import cache_in, mark_length
 from torchdistpackage.split.decoder.dry_run import model_output
 from torchdistpackage.split.decoder.layout import ArgumentKey, DecoderLayout, hidden_key
 from torchdistpackage.split.decoder.router import RouterLoss
-from torchdistpackage.split.decoder.stand_in import AbsentModule, Called, filled, shown
+from torchdistpackage.split.decoder.stand_in import HIDDEN, AbsentModule, Called, filled, shown
 
 __all__ = ["STAGE", "Stage", "stage_forward"]
 
@@ -43,6 +44,16 @@ class Stage:
     stop: int
     first: bool
     last: bool
+
+    @cached_property
+    def passed(self) -> dict[int, Called]:
+        """The layers that this stage only passes by, by place: the same objects in every forward."""
+        layout, ends = self.layout, {self.stop, max(self.stop, self.layout.num_layers - 1)}
+        return {
+            place: Called(self.twin.get_submodule(layout.row[place]), _passing(layout, place))
+            for place in range(layout.num_layers)
+            if place < self.start or (place > self.stop and place not in ends and place not in layout.carried)
+        }
 
     def __deepcopy__(self, memo: Any) -> Stage:
         return self
@@ -186,8 +197,11 @@ def _stand_ins(part: nn.Module, run: _Run) -> dict[str, Any]:
         for unit in set(layout.prologue) - set(layout.row[stage.start : stage.stop]):
             changed[unit] = AbsentModule(stage.twin.get_submodule(unit), run.hidden.device, dtype)
         changed |= {unit: nn.Identity() for unit in layout.randoms}
-    layers = []
+    layers: list[Any] = []
     for place, name in enumerate(layout.row):
+        if place in stage.passed:
+            layers.append(stage.passed[place])
+            continue
         here = stage.start <= place < stage.stop
         module = part.get_submodule(name) if here else stage.twin.get_submodule(name)
         plain = here and place not in layout.carried and (place != stage.start or run.hidden is None)
@@ -216,6 +230,25 @@ def _listed(part: nn.Module, stage: Stage, changed: dict[str, Any]) -> dict[str,
     return found
 
 
+def _passing(layout: DecoderLayout, place: int) -> Callable[..., Any]:
+    """What a layer does that is elsewhere: it hands on what it gets."""
+    form = layout.returns[place] if layout.returns else HIDDEN
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs[str(hidden_key(args, kwargs))]
+        _mark(layout, place, args, kwargs, hidden)
+        return filled(form, hidden)
+
+    return call
+
+
+def _mark(layout: DecoderLayout, place: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> None:
+    cache = cache_in(args, kwargs)
+    if cache is not None:
+        at = layout.rows_at[place]
+        mark_length(cache, layout.cache_places[place], hidden.shape[at], hidden.shape[at + 1], hidden.device)
+
+
 def _call(run: _Run, place: int, module: nn.Module | None) -> Callable[..., Any]:
     """What happens when the forward calls an element of the row: something comes in, is computed, or goes out."""
     stage, layout = run.stage, run.stage.layout
@@ -239,10 +272,8 @@ def _call(run: _Run, place: int, module: nn.Module | None) -> Callable[..., Any]
             _give_shared(run, arguments)
         if place >= stage.stop:
             _give(run, place, arguments, layout.carried.get(place, ()))
-        cache = cache_in(args, kwargs)
-        if cache is not None and place < layout.num_layers:
-            at = layout.rows_at[place]
-            mark_length(cache, layout.cache_places[place], hidden.shape[at], hidden.shape[at + 1], hidden.device)
+        if place < layout.num_layers:
+            _mark(layout, place, args, kwargs, hidden)
         if place == leaves_at and not stage.last:
             raise _Left
         return hidden if place >= layout.num_layers else filled(layout.returns[place], hidden)

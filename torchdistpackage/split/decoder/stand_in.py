@@ -54,6 +54,8 @@ def form_of(output: Any, hidden: Tensor) -> Any:
 
 def filled(form: Any, hidden: Tensor) -> Any:
     """Something of that form, with a hidden state and zeros."""
+    if form is HIDDEN:
+        return hidden
 
     def value(leaf: Any) -> Any:
         if isinstance(leaf, _Other):
