@@ -89,3 +89,15 @@ def test_schedules(tmp_path):
         curves.append(re.findall(r"epoch 0: loss [0-9.]+, test accuracy [0-9.]+%", out))
     assert len(curves[0]) == 1
     assert curves[0] == curves[1], "the schedule does not change the numbers"
+
+
+def test_auto_pipeline_learns_to_count_and_is_saved(tmp_path):
+    steps = ["--steps", 20, "--save", tmp_path / "model", "--picture", tmp_path / "schedule.png"]
+    said = run("finetune_auto_pipeline.py", *steps, processes=2)
+    assert "Stage 1 (last)" in said
+    assert (tmp_path / "schedule.png").read_bytes().startswith(b"\x89PNG")
+    found = [float(line.split()[3]) for line in said.splitlines() if line.startswith("step ")]
+    assert found[-1] < found[0] / 2
+    again = run("finetune_auto_pipeline.py", "--steps", 1, "--model", tmp_path / "model")
+    first = next(float(line.split()[3]) for line in again.splitlines() if line.startswith("step "))
+    assert first < found[-1] * 1.2  # it went on from there
