@@ -74,6 +74,8 @@ def generate(
 ) -> Any:
     """Text from all stages: transformers' `generate`, on every rank of the pipeline. Collective.
 
+    Whether modules are in `eval()` mode is yours.
+
     Args:
         parts: This rank's stages, from `partition_causal_lm`; also wrapped in DistributedDataParallel.
         input_ids: The prompts, (rows, tokens), the same on every rank.
@@ -88,7 +90,7 @@ def generate(
 
     Raises:
         SplitError: The model cannot generate.
-        PipelineError: Another rank failed.
+        PipelineError: A cache is given, or another rank failed.
 
     Example:
         >>> tokens = generate(parts, prompt_ids, max_new_tokens=100, do_sample=True, top_k=50)
@@ -98,18 +100,14 @@ def generate(
         shell = _shell(parts, _for_one_microbatch(schedule))
         drawn = seed if seed is not None else torch.initial_seed() % 2**63
         agreed = broadcast_json(drawn, tpc.get_control_group("pipe")) if tpc.get_pp_size() > 1 else drawn
+    if options.get("past_key_values") is not None:
+        raise PipelineError("generate makes the caches of all stages itself: leave past_key_values out")
     caches = _Caches.of(parts) if options.get("use_cache", True) else None
-    if caches is not None and "past_key_values" not in options:
-        options["past_key_values"] = caches
-    training = {id(module): module.training for part in parts.values() for module in part.modules()}
-    with torch.random.fork_rng():
+    cached = {"use_cache": False} if caches is None else {"past_key_values": caches}
+    devices = [input_ids.device] if input_ids.is_cuda else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(agreed)
-        try:
-            return shell.generate(input_ids, **options)
-        finally:
-            for part in parts.values():
-                for module in part.modules():
-                    module.training = training[id(module)]
+        return shell.generate(input_ids, **{**options, **cached})
 
 
 def _for_one_microbatch(schedule: Any) -> Any:
