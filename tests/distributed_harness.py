@@ -48,7 +48,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the fork server imports 
 GRACE = 2.0
 """Seconds that the other ranks have to report once one has failed."""
 
-_PRELOAD = ["torch", "torch.distributed", "torch.distributed.device_mesh"]
+_PRELOAD = ["torch", "torch.distributed", "torch.distributed.device_mesh", "transformers.modeling_utils"]
 _HAS_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
