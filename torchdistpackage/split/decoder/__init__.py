@@ -18,6 +18,7 @@ bit, on every stage, and nothing about a family is written down here.
 `layout.py`         what is before, in and after the row
 `find.py`           model -> layout
 `dry_run.py`        one forward of the twin; `findings.py` says what follows from it
+`cuts.py`           where to cut the row
 `stand_in.py`       what takes the place of a layer or an embedding that is elsewhere
 `part.py`           the modules of one stage
 `stage_forward.py`  its forward
