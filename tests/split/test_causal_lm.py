@@ -9,6 +9,7 @@ from language_models import MORE, OPTIONS, language_model, padded
 from torch import nn
 
 from torchdistpackage import SplitError
+from torchdistpackage.split import load_whole_model_state_dict, materialize_stages
 from torchdistpackage.split.causal_lm import causal_lm_module_names, split_causal_lm
 from torchdistpackage.split.names import ties_in
 
@@ -225,3 +226,34 @@ def test_what_cannot_be_cut_is_refused_in_words():
         split_causal_lm(language_model("Llama"), 2, [2])
     with pytest.raises(SplitError, match="no torch.nn.ModuleList"):
         split_causal_lm(nn.Linear(2, 2), 1)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma", "Gemma3Text", "GPT2", "Mixtral", "Gemma3nText"])
+def test_stages_of_the_meta_device_get_memory_buffers_and_ties(family):
+    import transformers
+
+    model = language_model(family)
+    ids, mask = padded()
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(model.config).eval()
+    parts = split_causal_lm(empty, 3)
+    materialize_stages(parts)
+    tied = [tie.parameter for part in parts.values() for tie in ties_in(part).values()]
+    assert len({id(parameter) for parameter in tied}) <= 1
+    assert all(parameter.isfinite().all() for part in parts.values() for parameter in part.parameters())
+    for part in parts.values():
+        load_whole_model_state_dict(part, model.state_dict())
+    seen = mask.bool()
+    assert torch.equal(run(parts, ids, attention_mask=mask)[seen], model(ids, attention_mask=mask).logits[seen])
+
+
+def test_modules_that_nobody_can_fill_are_named():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2, device="meta"))
+
+    part = nn.Sequential(nn.Linear(2, 2, device="meta"), Scale())
+    with pytest.raises(SplitError, match="nobody knows how to fill Scale"):
+        materialize_stages({0: part})
+    assert part[0].weight.is_meta

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         stage_ids_this_rank,
     )
     from torchdistpackage.split.cost import cut_bytes, flop_counts, layer_costs, measured_times, parameter_counts
+    from torchdistpackage.split.decoder.materialize import materialize_stages
     from torchdistpackage.split.decoder.pretrained import load_stages
     from torchdistpackage.split.decoder.pretrained_saving import StageFiles, save_stage, write_index
     from torchdistpackage.split.layout_string import layout_boundaries, parse_layout
@@ -94,6 +95,7 @@ _HOME = {
     ),
     "causal_lm_names": "calculate_virtual_stages generate_hf_model_fqn_per_model_part stage_ids_this_rank",
     "cost": "cut_bytes flop_counts layer_costs measured_times parameter_counts",
+    "decoder.materialize": "materialize_stages",
     "decoder.pretrained": "load_stages",
     "decoder.pretrained_saving": "StageFiles save_stage write_index",
     "layout_string": "layout_boundaries parse_layout",
@@ -143,6 +145,7 @@ __all__ = [
     "load_balance",
     "load_stages",
     "load_whole_model_state_dict",
+    "materialize_stages",
     "measured_times",
     "new_cache",
     "parameter_counts",

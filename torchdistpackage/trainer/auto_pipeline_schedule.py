@@ -227,9 +227,9 @@ class PipelineSchedule:
             lost = [name for name, tensor in stage.submod.named_parameters() if tensor.is_meta]
             if lost:
                 raise PipelineError(
-                    f"{lost[0]} of stage {stage.stage_index} is on the meta device: call part.to_empty(device=...) for "
-                    "each of autopipeline.parts and load weights into it (load_whole_model_state_dict), then make the "
-                    "optimizer, then step"
+                    f"{lost[0]} of stage {stage.stage_index} is on the meta device: call "
+                    "materialize_stages(dict(enumerate(ap.parts)), device), of torchdistpackage.split, load weights "
+                    "into each part (load_whole_model_state_dict), make the optimizer, then step"
                 )
         self._checked = True
 

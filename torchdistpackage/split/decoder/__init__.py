@@ -24,6 +24,7 @@ bit, on every stage, and nothing about a family is written down here.
 `stage_forward.py`  its forward
 `cache.py`          key-value caches that know how long the other stages' layers are
 `router.py`         the load-balancing loss of mixtures of experts, summed over stages
+`materialize.py`    memory and first values for stages on the meta device
 `pretrained.py`     stages from Hugging Face directories; `weight_files.py` reads them lazily
 `pretrained_saving.py`  and back
 ==================  ==================================================================================
