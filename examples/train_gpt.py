@@ -242,7 +242,7 @@ class Plain:
         return total
 
     def clip(self, norm):
-        """torch's clip_grad_norm_, with norms added in float64, as in the library: the same bits to the last step."""
+        """torch's clip_grad_norm_, with norms added in float64 as the library does: the same bits to the last step."""
         norms = torch.stack([p.grad.norm() for p in self.parameters]).double()
         nn.utils.clip_grads_with_norm_(self.parameters, norm, norms.square().sum().sqrt().float())
 

@@ -23,8 +23,8 @@ def losses(out):
     return [[float(a), float(b)] for a, b in re.findall(r"^ +\d+ +([0-9.]+) +([0-9.]+) .*e-", out, re.MULTILINE)]
 
 
-def start(*options, processes=0):
-    return run("train_gpt.py", *options, processes=processes)
+def start(*options, processes=0, timeout=170):
+    return run("train_gpt.py", *options, processes=processes, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,8 @@ def test_by_default_it_learns_to_write():
     out = start("--pp", 2, processes=2, timeout=900)
     entropy = float(re.match(r"unigram entropy ([0-9.]+) nats", out).group(1))
     assert losses(out)[-1][1] < 2 < 3 < entropy
+    expected = losses(start("--plain", "--tokens", 0, timeout=900))
+    torch.testing.assert_close(torch.tensor(losses(out)), torch.tensor(expected), rtol=0, atol=1e-3)
     sample = out[out.index("\nclass ") :]
     assert len(sample) > 400
     assert {"self", "return", "def", "if", "in", "is", "the"} & {*re.findall(r"[a-z]+", sample)}

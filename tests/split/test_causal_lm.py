@@ -146,6 +146,7 @@ def test_only_wanted_stages_are_made_and_a_copy_runs():
     ids, _ = padded()
     parts = split_causal_lm(model, 4, [0, 3])
     assert list(parts) == [0, 3]
+    assert [(part.is_first_stage, part.is_last_stage) for part in parts.values()] == [(True, False), (False, True)]
     assert torch.equal(copy.deepcopy(parts[0])(ids), parts[0](ids))
 
 

@@ -95,7 +95,7 @@ def split_causal_lm(
     Every stage gets the same keyword arguments (`attention_mask`, `position_ids`, `past_key_values`, ...): masks and
     rotary positions are made where they are needed, and not sent. A few families send more than the hidden state; a
     stage then returns a dict, which the next one takes as it is. With `labels` the last stage returns the model's own
-    loss. A cache belongs to one stage: see `new_cache`.
+    loss. A cache belongs to one stage: see `new_cache`. `part.is_first_stage` and `part.is_last_stage` say where it is.
 
     Args:
         model: A causal language model of transformers, or one that is built alike: a `torch.nn.ModuleList` of layers

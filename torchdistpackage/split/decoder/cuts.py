@@ -21,7 +21,10 @@ def cuts_of_weights(
     """Cut points in the row; norm and head are not cut apart."""
     layers = layout.num_layers
     if num_stages > layers:
-        raise SplitError(f"{num_stages} stages need at least as many layers; {layout.skeleton.layers} has {layers}")
+        raise SplitError(
+            f"{num_stages} stages need at least as many layers; {layout.skeleton.layers} has {layers}: use fewer ranks, "
+            "or a schedule with fewer stages a rank"
+        )
     if input_weight < 0 or output_weight < 0:
         raise SplitError(
             f"input_weight and output_weight are costs in layers, >= 0; got {input_weight}, {output_weight}"

@@ -88,6 +88,8 @@ def _part_class(of: type[nn.Module]) -> type[nn.Module]:
         return _classes[of]
     space = {
         "forward": stage_forward,
+        "is_first_stage": property(lambda part: vars(part)[STAGE].first),
+        "is_last_stage": property(lambda part: vars(part)[STAGE].last),
         "__module__": of.__module__,
         "__qualname__": of.__qualname__,
         "__doc__": of.__doc__,
