@@ -22,8 +22,8 @@ def cuts_of_weights(
     layers = layout.num_layers
     if num_stages > layers:
         raise SplitError(
-            f"{num_stages} stages need at least as many layers; {layout.skeleton.layers} has {layers}: use fewer ranks, "
-            "or a schedule with fewer stages a rank"
+            f"{num_stages} stages need at least as many layers; {layout.skeleton.layers} has {layers}: use fewer "
+            "ranks, or a schedule with fewer stages a rank"
         )
     if input_weight < 0 or output_weight < 0:
         raise SplitError(
