@@ -230,6 +230,8 @@ def wrong_use(rank, world):
         ap.step(ids, target=ids, labels=ids)
     with pytest.raises(PipelineError, match="4 rows on the first stage"):
         ap.step(ids, target=ids[:3])
+    with pytest.raises(PipelineError, match="was given (attention_mask|no keyword arguments), and rank 0"):
+        ap.step(ids, target=ids, attention_mask=torch.ones_like(ids) if rank else None)
     ap.parts[0].get_pipeline_kwargs_chunk_dims = lambda kwargs: {"nothing": 1} if rank else {}
     with pytest.raises((ValueError, PipelineError), match=r"unknown kwarg\(s\) nothing"):
         ap.step(ids, target=ids)

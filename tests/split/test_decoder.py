@@ -338,6 +338,13 @@ def test_a_model_without_a_forward_can_be_cut_and_not_run():
         parts[0](IDS)
 
 
+def test_a_model_whose_forward_was_replaced_in_the_object_is_refused():
+    model = Decoder()
+    model.forward = model.forward
+    with pytest.raises(SplitError, match="the forward of the model was replaced in the object itself"):
+        split_causal_lm(model, 2)
+
+
 def test_after_an_error_the_stage_is_as_before():
     parts = split_causal_lm(Decoder(), 2)
     with pytest.raises(RuntimeError):

@@ -151,8 +151,9 @@ class PipelineSchedule:
             bundles.extend(made)
             return rows
 
+        given = {name for name, value in kwargs.items() if value is not None} - {"input_ids", "labels"}
         placement = placement_of(self.schedule, self._num_ranks, len(self.stages))
-        rows = rows_on_every_rank(prepared, placement.owner(0))
+        rows = rows_on_every_rank(prepared, placement.owner(0), given)
         found: list[tuple[int, Tensor]] = []
         result = forward_backward(
             fwd_fn=[_runner(stage, self.loss_fn, found) for stage in self.stages],

@@ -25,6 +25,12 @@ def find_layout(model: nn.Module) -> DecoderLayout:
     """
     refusal: SplitError | None = None
     skeletons = possible_skeletons(model)[:_TRIED]
+    replaced = [name or "the model" for name in skeletons[0].containers if "forward" in vars(model.get_submodule(name))]
+    if replaced:  # a stage would run that, and with it the whole model
+        raise SplitError(
+            f"the forward of {replaced[0]} was replaced in the object itself, as from_pretrained(device_map=...) and "
+            "torch.compile do; cut the model first: load it without device_map, and compile its stages"
+        )
     if type(model).forward is nn.Module.forward:
         return layout_by_order(model, skeletons[0])
     for skeleton in skeletons:
