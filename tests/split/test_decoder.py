@@ -228,6 +228,19 @@ def test_what_travels():
     assert not compare(Decoder(), 2).reads_ids
 
 
+@pytest.mark.parametrize("read", [torch.Tensor.tolist, lambda x: x.to(torch.int32) % 3, lambda x: x.unbind(0)[0] % 3,
+                                  lambda x: (x.view(-1) % 3)[:5], lambda x: x.max(1).values])  # fmt: skip
+def test_ids_travel_however_they_are_read(read):
+    class Reads(Decoder):
+        def loop(self, x, ids):
+            scale = torch.as_tensor(read(ids)).float().mean()
+            for layer in self.layers:
+                x = layer(x) * scale
+            return x
+
+    assert compare(Reads(), 3).reads_ids
+
+
 def test_a_hidden_state_alone_is_sent_as_a_tensor_and_anything_once():
     assert isinstance(split_causal_lm(Decoder(), 2)[0](IDS), torch.Tensor)
     message = split_causal_lm(LooksBack(), 2)[0](IDS)

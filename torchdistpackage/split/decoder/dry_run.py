@@ -120,20 +120,23 @@ class _WatchIds(TorchFunctionMode):
         self.inside, self.read = 0, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Follows views of the ids; anything else that takes them reads them."""
+        """Follows views and copies of the ids; anything else that takes them reads them, but for their shape."""
         result = func(*args, **(kwargs or {}))
         if self.inside or not any(id(leaf) in self.known for leaf in tree_leaves((args, kwargs))):
             return result
-        if isinstance(result, Tensor):
-            if result.is_floating_point() or result._base is None:
-                self.read = self.read or getattr(func, "__name__", "") not in _ONLY_SHAPE
-            else:
-                self.known[id(result)] = result
+        name = getattr(func, "__name__", "")
+        if isinstance(result, Tensor) and (result._base is not None or name in _COPIES):
+            self.known[id(result)] = result
+        elif name not in _ONLY_SHAPE:
+            gives_values = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)) or name in _VALUES
+            self.read = self.read or gives_values
         return result
 
 
-_ONLY_SHAPE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full",
-               "contiguous", "to"}  # fmt: skip
+_COPIES = {"to", "contiguous", "clone", "long", "int"}
+_ONLY_SHAPE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+_VALUES = {"tolist", "item", "numpy", "equal", "allclose", "__bool__", "__int__", "__float__", "__index__", "__array__",
+           "__contains__"}  # fmt: skip
 
 
 def _replace(twin: nn.Module, skeleton: Skeleton, seen: Findings, watch: _WatchIds) -> None:
@@ -227,11 +230,9 @@ def _form(seen: Findings, layer: nn.Module, forward: Callable[..., Any], args: A
     sizes = {key: len(value) for key, value in mappings.items()}
     try:
         with torch.no_grad():
-            output = forward(*args, **kwargs)
+            return form_of(forward(*args, **kwargs), hidden)
     except Exception:  # a choice of experts depends on values
         says = str(inspect.signature(type(layer).forward).return_annotation).lower()
-        output = None, says
-    seen.shared.update(key for key, value in mappings.items() if len(value) != sizes[key])
-    if isinstance(output, tuple) and len(output) == 2 and output[0] is None and isinstance(output[1], str):
-        return (HIDDEN, None) if "tuple" in output[1].split("[")[0] else HIDDEN
-    return form_of(output, hidden)
+        return (HIDDEN, None) if "tuple" in says.split("[")[0] else HIDDEN
+    finally:
+        seen.shared.update(key for key, value in mappings.items() if len(value) != sizes[key])

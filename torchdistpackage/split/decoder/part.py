@@ -8,7 +8,7 @@ indices as keys.
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -79,13 +79,14 @@ def unwrapped(part: nn.Module) -> nn.Module:
     return part
 
 
-_classes: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()
+_classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
 
 
 def _part_class(of: type[nn.Module]) -> type[nn.Module]:
     """The user's class with another forward, under the user's name: tools that look at names see what they know."""
-    if of in _classes:
-        return _classes[of]
+    known = _classes.get(of)
+    if known is not None:
+        return known
     space = {
         "forward": stage_forward,
         "is_first_stage": property(lambda part: vars(part)[STAGE].first),
