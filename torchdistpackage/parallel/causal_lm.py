@@ -44,7 +44,8 @@ def partition_causal_lm(
         model: The whole model, with weights or on the meta device; the same on every rank.
         schedule: Says which rank owns which stage: as for `partition_chunks`.
         chunks: Stages a rank, where a name leaves the choice.
-        options: Those of `torchdistpackage.split.split_causal_lm`: `input_weight`, `output_weight`, `module_names`.
+        options: Those of `torchdistpackage.split.split_causal_lm`: `input_weight`, `output_weight`,
+            `cut_points`, `module_names`.
 
     Returns:
         Global index of the stage -> its module, in the order of the model; lists for `fwd_fn` and `inputs` have the

@@ -39,7 +39,7 @@ def load_causal_lm(
         schedule: Says which rank owns which stage: as for `partition_chunks`.
         chunks: Stages a rank, where a name leaves the choice.
         options: Those of `torchdistpackage.split.load_stages`: `dtype`, `device`, `attn_implementation`,
-            `module_names`, `input_weight`, `output_weight`, `config`, `trust_remote_code`.
+            `cut_points`, `module_names`, `input_weight`, `output_weight`, `config`, `trust_remote_code`.
 
     Returns:
         Global index of the stage -> its module in evaluation mode, in the order of the model.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdistpackage.errors import SplitError
-from torchdistpackage.split.decoder.cuts import cuts_of_names, cuts_of_weights
+from torchdistpackage.split.decoder.cuts import cuts_of_names, cuts_of_points, cuts_of_weights
 from torchdistpackage.split.decoder.find import find_layout
 from torchdistpackage.split.decoder.part import make_part, unwrapped
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage
@@ -82,6 +82,7 @@ def split_causal_lm(
     *,
     input_weight: float = 1,
     output_weight: float = 1,
+    cut_points: Sequence[int] | None = None,
     module_names: Sequence[Sequence[str]] | None = None,
 ) -> dict[int, nn.Module]:
     """Cuts a decoder-only language model between its layers; the stages compute exactly what the model does.
@@ -104,14 +105,15 @@ def split_causal_lm(
         stages: Those that are wanted, all when None.
         input_weight: What the embeddings cost, in layers.
         output_weight: What norm and head cost, in layers.
-        module_names: Names of the modules of each stage, instead of weights; see `causal_lm_module_names`.
+        cut_points: Index of the layer at which each stage but the first begins, instead of weights.
+        module_names: Names of the modules of each stage, instead of either; see `causal_lm_module_names`.
 
     Returns:
         Global index -> stage, ascending.
 
     Raises:
-        SplitError: The model is an encoder-decoder, or not built like that; there are not enough layers; a name is
-            missing, unknown, given twice or out of order.
+        SplitError: The model is an encoder-decoder, or not built like that; there are not enough layers; a cut point
+            or a name is missing, unknown, given twice or out of order.
 
     Example:
         >>> import torch
@@ -142,10 +144,14 @@ def split_causal_lm(
     if num_stages < 1 or any(not 0 <= stage < num_stages for stage in wanted):
         raise SplitError(f"stages {wanted} are asked for, but the {num_stages} stages are numbered from 0")
     layout = find_layout(model)
-    if module_names is None:
-        cuts = cuts_of_weights(layout, num_stages, input_weight, output_weight)
-    else:
+    if module_names is not None and cut_points is not None:
+        raise SplitError("cut_points and module_names both say where to cut; give one of them")
+    if module_names is not None:
         cuts = cuts_of_names(model, layout, num_stages, module_names)
+    elif cut_points is not None:
+        cuts = cuts_of_points(layout, num_stages, cut_points)
+    else:
+        cuts = cuts_of_weights(layout, num_stages, input_weight, output_weight)
     twin = make_twin(model)
     parts = [
         make_part(model, layout, twin, start, stop, first=stage == 0, last=stage == num_stages - 1)

@@ -1,8 +1,9 @@
-"""Where to cut the row of a decoder: by what its ends cost, or by lists of names."""
+"""Where to cut the row of a decoder: by what its ends cost, at given layers, or by lists of names."""
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 
 from torch import nn
@@ -12,7 +13,7 @@ from torchdistpackage.split.boundaries import balanced_boundaries, boundaries_of
 from torchdistpackage.split.causal_lm_names import MULTIMODAL_SUFFIXES
 from torchdistpackage.split.decoder.layout import DecoderLayout
 
-__all__ = ["cuts_of_names", "cuts_of_weights"]
+__all__ = ["cuts_of_names", "cuts_of_points", "cuts_of_weights"]
 
 
 def cuts_of_weights(
@@ -42,6 +43,21 @@ def cuts_of_weights(
         costs[-1] += output_weight
         return (*balanced_boundaries(costs, num_stages)[:-1], len(layout.row))
     return (*boundaries_of_sizes(sizes, layers)[:-1], len(layout.row))
+
+
+def cuts_of_points(layout: DecoderLayout, num_stages: int, cut_points: Sequence[int]) -> tuple[int, ...]:
+    """Cut points of the layers at which the stages after the first begin; each must hold a layer."""
+    points, layers = [operator.index(point) for point in cut_points], layout.num_layers
+    if len(points) != num_stages - 1:
+        raise SplitError(
+            f"cut_points has {len(points)} layers, {points}; {num_stages} stages begin at {num_stages - 1}"
+        )
+    if any(before >= after for before, after in itertools.pairwise((0, *points, layers))):
+        raise SplitError(
+            f"cut_points must ascend within 1..{layers - 1}, so that each stage has a layer: {layout.skeleton.layers} "
+            f"has {layers}; got {points}"
+        )
+    return (0, *points, len(layout.row))
 
 
 def cuts_of_names(

@@ -18,7 +18,7 @@ from torchdistpackage.split.decoder.layout import ArgumentKey, DecoderLayout, hi
 from torchdistpackage.split.decoder.router import RouterLoss
 from torchdistpackage.split.decoder.stand_in import HIDDEN, AbsentModule, Called, filled, shown
 
-__all__ = ["STAGE", "Stage", "stage_forward"]
+__all__ = ["STAGE", "LastOutput", "Stage", "run_stage", "stage_forward"]
 
 STAGE = "_torchdistpackage_stage"
 """Where a part keeps its `Stage`."""
@@ -98,25 +98,62 @@ def stage_forward(self: Any, x: Any = None, **kwargs: Any) -> Any:
     Raises:
         PipelineError: What came in is not what this stage takes, or the model skipped a layer.
     """
-    stage: Stage = vars(self)[STAGE]
-    _check_containers(self, stage)
+    output = run_stage(self, x, kwargs)
+    if isinstance(output, LastOutput):
+        return output.logits if output.loss is None else output.loss
+    return output
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LastOutput:
+    """What the forward of the last stage gave.
+
+    Attributes:
+        result: What the model's own forward returned; losses and hidden states in it are of this stage alone.
+        loss: The model's loss over all stages, if there were labels.
+    """
+
+    result: Any
+    loss: Tensor | None
+
+    @property
+    def logits(self) -> Tensor:
+        """(rows, tokens, vocabulary)."""
+        return model_output(self.result)
+
+
+def run_stage(part: Any, x: Any, kwargs: dict[str, Any]) -> Any:
+    """One forward of a stage; see `stage_forward`.
+
+    Args:
+        part: The stage.
+        x: Its input.
+        kwargs: Arguments of the model's forward.
+
+    Returns:
+        What the next stage takes, or a `LastOutput`.
+    """
+    stage: Stage = vars(part)[STAGE]
+    _check_containers(part, stage)
     ids, run = _incoming(stage, x, kwargs)
-    router = RouterLoss.of(self, kwargs, "output_router_logits" in stage.layout.switches)
+    router = RouterLoss.of(part, kwargs, "output_router_logits" in stage.layout.switches)
     options = _options(stage, kwargs)
-    with shown(self, _stand_ins(self, run)), router.listening():
+    with shown(part, _stand_ins(part, run)), router.listening():
         try:
-            result = type(self)._whole_forward(self, **{stage.layout.ids_name: ids}, **options)
+            result = type(part)._whole_forward(part, **{stage.layout.ids_name: ids}, **options)
         except _Left:
             router.add(run.travelling, run.carried, kwargs.get("attention_mask"))
             return _outgoing(run, ids)
     if not stage.last:
         raise PipelineError(
-            f"{type(self).__name__} went past its layers without calling number {stage.stop}: layers are skipped at "
+            f"{type(part).__name__} went past its layers without calling number {stage.stop}: layers are skipped at "
             "random (layerdrop) or by configuration; a pipeline needs every layer in every forward: set layerdrop to 0"
         )
-    if kwargs.get("labels") is not None and getattr(result, "loss", None) is not None:
-        return router.added_to(result.loss, run.carried, kwargs.get("attention_mask"))
-    return model_output(result)
+    loss = getattr(result, "loss", None) if kwargs.get("labels") is not None else None
+    if loss is not None:
+        loss = router.added_to(loss, run.carried, kwargs.get("attention_mask"))
+    return LastOutput(result, loss)
 
 
 def _check_containers(part: Any, stage: Stage) -> None:

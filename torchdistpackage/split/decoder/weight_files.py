@@ -48,7 +48,7 @@ class WeightFiles:
     """
 
     def __init__(self, source: str, explicit: str | None = None) -> None:
-        self.source = source
+        self.name = source
         self._open: dict[str, Any] = {}
         self._lock = threading.Lock()  # the loader reads in several threads
         self._failed: dict[str, tuple[str, set[str]]] = {}  # file -> why, and the tensors that were wanted of it
@@ -64,6 +64,13 @@ class WeightFiles:
         """Name in the files -> what reads it by `[...]`."""
         return {name: LazyTensor(self, name) for name in self.file_of}
 
+    def generation_config(self) -> Any:
+        """That of the directory, or None."""
+        from transformers import GenerationConfig
+
+        there = find(self.name, "generation_config.json") is not None
+        return GenerationConfig.from_pretrained(self.name) if there else None
+
     def read(self, name: str, part: Any = ...) -> torch.Tensor:
         """A tensor or a slice of it, on the CPU; only these bytes are read. What fails is said by `check`."""
         file = self.file_of[name]
@@ -78,7 +85,7 @@ class WeightFiles:
     def float_dtype(self) -> torch.dtype:
         """The type of the first floating tensor of the first file that is there; float32 where there is none."""
         for name, file in sorted(self.file_of.items(), key=lambda item: item[1]):
-            if find(self.source, file) is not None and self._handle(file).get_slice(name).get_shape():
+            if find(self.name, file) is not None and self._handle(file).get_slice(name).get_shape():
                 dtype = self.read(name, slice(0, 0)).dtype  # no bytes, but the type
                 if dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
                     return dtype
@@ -92,12 +99,12 @@ class WeightFiles:
         """
         failed = [f"{file} ({why}), wanted for {listed(names)}" for file, (why, names) in self._failed.items()]
         if failed:
-            raise CheckpointError(f"{self.source} cannot be loaded: {'; '.join(failed)}")
+            raise CheckpointError(f"{self.name} cannot be loaded: {'; '.join(failed)}")
 
     def _map(self, explicit: str | None) -> Mapping[str, str]:
         candidates = [explicit] if explicit else [SINGLE, INDEX]
         for file in candidates:
-            path = find(self.source, file)
+            path = find(self.name, file)
             if path is not None and file.endswith(".index.json"):
                 return _weight_map(path)
             if path is not None:
@@ -105,19 +112,19 @@ class WeightFiles:
                     return dict.fromkeys(self._handle(file).keys(), file)
                 except Exception as error:
                     raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-        if any(find(self.source, file) for file in _PICKLED):
+        if any(find(self.name, file) for file in _PICKLED):
             raise CheckpointError(
-                f"{self.source} has its weights in pytorch_model.bin, of which no part can be read without the rest; "
+                f"{self.name} has its weights in pytorch_model.bin, of which no part can be read without the rest; "
                 "convert it once: AutoModelForCausalLM.from_pretrained(directory).save_pretrained(new_directory)"
             )
-        raise CheckpointError(f"{self.source} has no weights: neither {' nor '.join(candidates)} is there")
+        raise CheckpointError(f"{self.name} has no weights: neither {' nor '.join(candidates)} is there")
 
     def _handle(self, file: str) -> Any:
         from safetensors import safe_open
 
         with self._lock:
             if file not in self._open:
-                path = find(self.source, file)
+                path = find(self.name, file)
                 if path is None:
                     raise FileNotFoundError("the file is not there")
                 self._open[file] = safe_open(path, framework="pt", device="cpu")
