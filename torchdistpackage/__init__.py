@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     )
     from torchdistpackage.schedule import Routed
     from torchdistpackage.split import (
+        BaseBottomModel,
+        BaseTopModel,
+        BaseTrunkModel,
+        ModelFactory,
+        ModelRegistry,
         ModelSplitter,
         Pipe,
         PipelineStage,
@@ -56,6 +61,7 @@ if TYPE_CHECKING:
         create_automatic_splitter,
         create_manual_causal_lm_splitter,
         generate_hf_model_fqn_per_model_part,
+        load_split_model,
         load_whole_model_state_dict,
         pipe_split,
         pipeline,
@@ -91,9 +97,10 @@ _HOME = {
     ),
     "torchdistpackage.schedule": "Routed",
     "torchdistpackage.split": (
-        "ModelSplitter Pipe PipelineStage SplitPoint calculate_virtual_stages create_automatic_splitter "
-        "create_manual_causal_lm_splitter generate_hf_model_fqn_per_model_part load_whole_model_state_dict pipe_split "
-        "pipeline split_causal_lm stage_ids_this_rank whole_model_names whole_model_state_dict"
+        "BaseBottomModel BaseTopModel BaseTrunkModel ModelFactory ModelRegistry ModelSplitter Pipe PipelineStage "
+        "SplitPoint calculate_virtual_stages create_automatic_splitter create_manual_causal_lm_splitter "
+        "generate_hf_model_fqn_per_model_part load_split_model load_whole_model_state_dict pipe_split pipeline "
+        "split_causal_lm stage_ids_this_rank whole_model_names whole_model_state_dict"
     ),
     "torchdistpackage.topology": (
         "ParallelContext find_free_port is_using_pp setup_distributed setup_node_groups test_comm "
@@ -107,8 +114,13 @@ __all__ = [
     "DDP",
     "AutoPipeline",
     "AutoPipelineConfig",
+    "BaseBottomModel",
+    "BaseTopModel",
+    "BaseTrunkModel",
     "CheckpointError",
     "DeadlockError",
+    "ModelFactory",
+    "ModelRegistry",
     "ModelSplitter",
     "ParallelContext",
     "Pipe",
@@ -140,6 +152,7 @@ __all__ = [
     "last_plan",
     "last_timeline",
     "load_causal_lm",
+    "load_split_model",
     "load_whole_model_state_dict",
     "local_stages",
     "partition_balanced",

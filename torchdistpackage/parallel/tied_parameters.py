@@ -97,7 +97,7 @@ class TiedParameters:
         """
         owners = placement.owners
         for stage in stages_in_use():
-            here = stage.num_stages == placement.num_stages and owners[stage.index] == self._rank
+            here = stage.num_stages in (placement.num_stages, None) and owners[stage.index] == self._rank
             if not here or self._adopted.get(stage.module) == owners:
                 continue
             self._adopted[stage.module] = owners

@@ -18,6 +18,7 @@
 `cutting.py`         measures (`unit_costs.py`), cuts, opens what is too large to balance around
 `building.py`        the cut graph -> `Pipe` (`pipe.py`) of `TracedStage`s (`traced_stage.py`)
 `causal_lm.py`       decoder-only language models -> stages; `decoder/` is how, `causal_lm_names.py` counts and names
+`parts/`             the same, physically split over three parties: Bottom, Trunk and Top
 `pipeline_stage.py`  a stage with its place, for trainers
 `signature.py`       how a model is called and what it returns, flat and back
 `names.py`           whole-model names of a stage's tensors; parameters that several stages share
@@ -71,6 +72,10 @@ if TYPE_CHECKING:
         whole_model_names,
         whole_model_state_dict,
     )
+    from torchdistpackage.split.parts.base import BaseBottomModel, BaseTopModel, BaseTrunkModel
+    from torchdistpackage.split.parts.factory import ModelFactory
+    from torchdistpackage.split.parts.files import load_split_model
+    from torchdistpackage.split.parts.registry import ModelRegistry
     from torchdistpackage.split.pipe import Pipe, PipeInfo
     from torchdistpackage.split.pipeline_stage import PipelineStage
     from torchdistpackage.split.report import SplitReport, StageRow
@@ -103,6 +108,10 @@ _HOME = {
         "TiedParameter load_whole_model_state_dict shared_parameters ties_in ties_of whole_model_names "
         "whole_model_state_dict"
     ),
+    "parts.base": "BaseBottomModel BaseTopModel BaseTrunkModel",
+    "parts.factory": "ModelFactory",
+    "parts.files": "load_split_model",
+    "parts.registry": "ModelRegistry",
     "pipe": "Pipe PipeInfo",
     "pipeline_stage": "PipelineStage",
     "report": "SplitReport StageRow",
@@ -113,10 +122,15 @@ _HOME = {
 _FILE = {name: file for file, names in _HOME.items() for name in names.split()}
 
 __all__ = [
+    "BaseBottomModel",
+    "BaseTopModel",
+    "BaseTrunkModel",
     "CallCost",
     "CallableModule",
     "LoadBalance",
     "MemoryLimit",
+    "ModelFactory",
+    "ModelRegistry",
     "ModelSplitter",
     "Pipe",
     "PipeInfo",
@@ -143,6 +157,7 @@ __all__ = [
     "layer_costs",
     "layout_boundaries",
     "load_balance",
+    "load_split_model",
     "load_stages",
     "load_whole_model_state_dict",
     "materialize_stages",

@@ -32,6 +32,7 @@ from torchdistpackage.errors import CheckpointError, SplitError
 __all__ = [
     "TiedParameter",
     "load_whole_model_state_dict",
+    "record_ends",
     "record_names",
     "record_ties",
     "shared_parameters",
@@ -277,6 +278,24 @@ def record_ties(layers: Sequence[nn.Module], boundaries: Sequence[int]) -> None:
             else:
                 _ties_of_tensors[slot.tensor] = tie
                 vars(slot.module).setdefault(_TIES, {})[slot.attribute] = tie
+
+
+def record_ends(stage: nn.Module) -> None:
+    """Note that what a stage shares is on the first and on the last stage, however many there are going to be.
+
+    For a stage that was cut without knowing the others.
+
+    Example:
+        >>> embed, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+        >>> head.weight = embed.weight
+        >>> record_ties([embed, nn.ReLU(), head], (0, 2, 3))
+        >>> record_ends(head)
+        >>> ties_in(head)["weight"].stages
+        (0, -1)
+    """
+    for module in stage.modules():
+        noted: dict[str, _Tie] = vars(module).get(_TIES, {})
+        noted.update({attribute: _Tie(tie.names, (0, -1)) for attribute, tie in noted.items()})
 
 
 def ties_of(parameter: nn.Parameter) -> TiedParameter | None:

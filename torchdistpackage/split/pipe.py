@@ -24,7 +24,7 @@ from torchdistpackage.split.traced_stage import TracedStage
 
 __all__ = ["Pipe", "PipeInfo", "stages_in_use"]
 
-_in_use: WeakKeyDictionary[nn.Module, tuple[int, int, int]] = WeakKeyDictionary()
+_in_use: WeakKeyDictionary[nn.Module, tuple[int, int, int | None]] = WeakKeyDictionary()
 _number = count()
 
 
@@ -34,25 +34,25 @@ class StageInUse:
 
     Attributes:
         module: The stage.
-        index: Its global index.
-        num_stages: How many there are.
+        index: Its global index; -1 for the last one of any number.
+        num_stages: How many there are; None where that does not matter.
     """
 
     module: nn.Module
     index: int
-    num_stages: int
+    num_stages: int | None
 
 
 _Stage = TypeVar("_Stage", bound=nn.Module)
 
 
-def put_in_use(stage: _Stage, index: int, num_stages: int, made: int | None = None) -> _Stage:
+def put_in_use(stage: _Stage, index: int, num_stages: int | None, made: int | None = None) -> _Stage:
     """Notes that this process is going to run a stage, and returns it.
 
     Args:
         stage: The module.
-        index: Its global index.
-        num_stages: How many there are.
+        index: Its global index; -1 for the last one of any number.
+        num_stages: How many there are; None where that does not matter.
         made: A number that says which cut it comes from; a new one when not given. All ranks cut in the same order.
     """
     _in_use[stage] = (next(_number) if made is None else made, index, num_stages)

@@ -15,7 +15,10 @@ from torch import nn
 from torchdistpackage.split.decoder.layout import DecoderLayout
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, stage_forward
 
-__all__ = ["make_part", "shallow_copy", "unwrapped"]
+__all__ = ["HELD", "make_part", "shallow_copy", "unwrapped"]
+
+HELD = "_torchdistpackage_held_stage"
+"""Where a module that stands for a stage, and shares its modules, keeps it."""
 
 
 def make_part(
@@ -70,9 +73,9 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def unwrapped(part: nn.Module) -> nn.Module:
-    """The part inside of DistributedDataParallel or torch.compile; anything else as it is."""
+    """The part inside of DistributedDataParallel, torch.compile, or a Bottom, Trunk or Top; anything else as it is."""
     while STAGE not in vars(part):
-        inner = getattr(part, "module", None) or getattr(part, "_orig_mod", None)
+        inner = vars(part).get(HELD) or getattr(part, "module", None) or getattr(part, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return part
         part = inner

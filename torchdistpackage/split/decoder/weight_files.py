@@ -28,7 +28,7 @@ import torch
 
 from torchdistpackage.errors import CheckpointError
 
-__all__ = ["INDEX", "SINGLE", "LazyTensor", "WeightFiles", "listed"]
+__all__ = ["INDEX", "SINGLE", "LazyTensor", "WeightFiles", "find", "has_pickled_weights", "listed", "need_transformers"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -185,3 +185,8 @@ def _weight_map(path: str) -> dict[str, str]:
         return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no index of safetensors files ({type(error).__name__}: {error})") from error
+
+
+def has_pickled_weights(source: str) -> bool:
+    """Whether the weights of a model are in pickled files alone, which cannot be read in parts."""
+    return not any(find(source, file) for file in (SINGLE, INDEX)) and any(find(source, file) for file in _PICKLED)

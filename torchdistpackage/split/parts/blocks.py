@@ -1,0 +1,83 @@
+"""A row of layers, of whatever class, run one after the other: what each of them takes is in its signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdistpackage.errors import PipelineError
+
+__all__ = ["cache_for", "positions", "through_blocks"]
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+
+
+def through_blocks(blocks: Iterable[nn.Module], hidden: Tensor, cache: Any, offered: Mapping[str, Any]) -> Tensor:
+    """Calls layers one after the other.
+
+    Args:
+        blocks: They take the hidden state first, and return it, alone or in front of a tuple.
+        hidden: (rows, tokens, width).
+        cache: A cache of transformers, or None.
+        offered: Keyword arguments; a layer gets those that its forward knows.
+
+    Raises:
+        PipelineError: A layer would see padding, or take no notice of the cache.
+    """
+    for block in blocks:
+        arguments = _accepted(block, {**offered, **dict.fromkeys(_CACHES, cache)})
+        if offered.get("attention_mask") is not None and "attention_mask" not in arguments:
+            raise PipelineError(
+                f"{type(block).__name__}.forward has no argument attention_mask, so that padding would be seen; give "
+                "it one, or let prepare_attention_mask return None"
+            )
+        if cache is not None and not {*_CACHES} & arguments.keys():
+            raise PipelineError(f"{type(block).__name__}.forward takes no past_key_values; call without a cache")
+        output = block(hidden, **arguments)
+        hidden = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+def _accepted(block: nn.Module, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the offered arguments a forward takes; the cache under the first name that it knows."""
+    parameters = inspect.signature(block.forward).parameters
+    named = [name for name in offered if name in parameters]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        named = [*named, *(name for name in offered if name not in named and name not in _CACHES[1:])]
+    caches = [name for name in _CACHES if name in named]
+    return {name: offered[name] for name in named if name not in caches[1:]}
+
+
+def cache_for(past_key_values: Any, use_cache: bool | None) -> Any:
+    """The cache that a part writes to: the given one, a new one if one is wanted, or None.
+
+    Raises:
+        PipelineError: What is given is no cache of transformers.
+    """
+    if past_key_values is not None and not hasattr(past_key_values, "get_seq_length"):
+        raise PipelineError(
+            f"past_key_values is a {type(past_key_values).__name__}; pass the cache that this part returned, or leave "
+            "it out and say use_cache=True to get a new one"
+        )
+    if past_key_values is None and use_cache:
+        from transformers import DynamicCache
+
+        return DynamicCache()
+    return past_key_values
+
+
+def positions(shape: torch.Size, device: torch.device, cache: Any) -> Tensor:
+    """(rows, tokens): counted on from what the cache has, whichever of its places the layers write to.
+
+    Args:
+        shape: Begins with rows, tokens.
+        device: Where to.
+        cache: A cache of transformers, or None.
+    """
+    layers = 0 if cache is None else len(cache.layers)
+    past = max((cache.get_seq_length(layer) for layer in range(layers)), default=0)
+    return torch.arange(past, past + shape[1], device=device).expand(shape[0], -1)

@@ -1,0 +1,96 @@
+"""On which device each part goes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from torchdistpackage.errors import SplitError
+from torchdistpackage.split.parts.metadata import COMPONENTS
+
+__all__ = ["free_memory", "parse_device_map", "place_parts"]
+
+
+def place_parts(sizes: Mapping[str, int], free: Mapping[str, int], *, spare: float = 0.1) -> dict[str, str]:
+    """The placement whose fullest device is the least full; where several are, the one with the fewest devices.
+
+    Args:
+        sizes: Part -> bytes.
+        free: Device -> bytes that are free, in the order of preference; "cpu" takes what fits nowhere else.
+        spare: Share of a device that activations and caches are to have.
+
+    Returns:
+        Part -> device.
+
+    Example:
+        >>> place_parts({"bottom": 2, "trunk": 9, "top": 3}, {"cuda:0": 10, "cuda:1": 20})
+        {'bottom': 'cuda:0', 'trunk': 'cuda:1', 'top': 'cuda:0'}
+        >>> place_parts({"bottom": 2, "trunk": 90, "top": 3}, {"cuda:0": 10})
+        {'bottom': 'cuda:0', 'trunk': 'cpu', 'top': 'cuda:0'}
+    """
+    names, limits = list(sizes), {**free, "cpu": float("inf")}
+    best: tuple[Any, tuple[str, ...]] | None = None
+    for devices in itertools.product(limits, repeat=len(names)):  # 9 devices: 729 ways
+        load = dict.fromkeys(devices, 0)
+        for name, device in zip(names, devices, strict=True):
+            load[device] += sizes[name]
+        if any(load[device] > limits[device] * (1 - spare) for device in load):
+            continue
+        fullest = max((load[device] / limits[device] for device in load if device != "cpu"), default=0.0)
+        rank = (load.get("cpu", 0), round(fullest, 6), len(load), [list(limits).index(device) for device in devices])
+        if best is None or rank < best[0]:
+            best = rank, devices
+    assert best is not None  # everything on the CPU is always possible
+    return dict(zip(names, best[1], strict=True))
+
+
+def free_memory() -> dict[str, int]:
+    """Accelerator -> bytes that are free; nothing on a machine without."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {f"cuda:{index}": torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
+
+
+def parse_device_map(device_map: Any, device: Any, sizes: Any) -> dict[str, Any]:
+    """Part -> device.
+
+    Args:
+        device_map: None, "auto", or a dict with an entry for each part.
+        device: For all parts, where device_map is None.
+        sizes: Called for "auto": gives part -> bytes.
+
+    Raises:
+        SplitError: It is none of these, a part is missing or unknown, or there is no such device.
+
+    Example:
+        >>> parse_device_map({"bottom": "cpu", "trunk": "meta", "top": "cpu"}, "cpu", None)
+        {'bottom': device(type='cpu'), 'trunk': device(type='meta'), 'top': device(type='cpu')}
+    """
+    if device_map is None:
+        return dict.fromkeys(COMPONENTS, _device(device, "device"))
+    if isinstance(device_map, str) and device_map == "auto":
+        return {part: _device(found, "device_map") for part, found in place_parts(sizes(), free_memory()).items()}
+    if not isinstance(device_map, Mapping):
+        raise SplitError(
+            f"device_map must be None, 'auto' or a dict {{'bottom': ..., 'trunk': ..., 'top': ...}}, got {device_map!r}"
+        )
+    if set(device_map) != set(COMPONENTS):
+        raise SplitError(f"device_map must have the keys {list(COMPONENTS)}, got {list(device_map)}")
+    return {part: _device(device_map[part], f"device_map[{part!r}]") for part in COMPONENTS}
+
+
+def _device(value: Any, what: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(value)
+        index = device.index
+        known = device.type != "cuda" or (torch.cuda.is_available() and (index or 0) < torch.cuda.device_count())
+    except (RuntimeError, TypeError) as error:
+        raise SplitError(f"{what} is {value!r}, which is no device of torch: {error}") from error
+    if not known:
+        raise SplitError(f"{what} is {value!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -1,0 +1,215 @@
+"""A part to disk and back: safetensors, and a JSON file that says what they are.
+
+    bottom.safetensors      the tensors, under the names of the whole model
+    bottom_metadata.json    written last: which layers of which model, its configuration, a checksum of each tensor
+
+The two are all that a party needs. `checkpoint_split.py` writes the same from a checkpoint, without making the parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdistpackage.errors import CheckpointError
+from torchdistpackage.split.decoder.weight_files import WeightFiles, need_transformers
+from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of
+from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors
+from torchdistpackage.split.parts.metadata import PartMetadata, metadata, metadata_path, weights_path
+from torchdistpackage.split.parts.registry import GENERIC, ModelRegistry
+
+__all__ = ["layers_of", "load_part", "load_split_model", "save_part"]
+
+
+def load_split_model(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str | int = "cpu",
+    dtype: torch.dtype | str | None = None,
+    verify: bool = False,
+) -> Any:
+    """A part that was saved by `save_split_model` or `torchdistpackage split`, in evaluation mode.
+
+    Its class is the one that its family has registered.
+
+    Args:
+        path: Of the weights, `parts/top.safetensors`.
+        device: Where to.
+        dtype: Of the floating tensors; None for that of the file.
+        verify: Whether to compare the weights with the checksums in the metadata first, as after a transfer.
+
+    Raises:
+        CheckpointError: Files are missing or broken; the message names them.
+        KeyError: The family is not registered here.
+
+    Example:
+        >>> top = load_split_model("parts/top.safetensors", device="cuda")  # doctest: +SKIP
+    """
+    return load_part(path, None, device=device, dtype=dtype, verify=verify)
+
+
+def layers_of(component: str, start: int, end: int) -> dict[str, int]:
+    """The arguments that say to `from_pretrained_split` and to the class which layers a part has.
+
+    Example:
+        >>> layers_of("top", 10, 12)
+        {'start_layer': 10}
+    """
+    layers = {"start_layer": start, "end_layer": end}
+    return {name: layers[name] for name in {"bottom": ("end_layer",), "top": ("start_layer",)}.get(component, layers)}
+
+
+def save_part(part: BaseSplitModel, save_path: str | os.PathLike[str], *, save_metadata: bool = True) -> Path:
+    """See `BaseSplitModel.save_split_model`."""
+    need_transformers()
+    from safetensors.torch import save_file
+
+    path = _weights(save_path, part.component)
+    tensors = {name: _own(name, tensor) for name, tensor in part.state_dict().items()}
+    beside, unfinished = metadata_path(path), Path(f"{path}.unfinished")
+    about = _about(part, tensors) if save_metadata else None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        beside.unlink(missing_ok=True)  # it is of what was there before
+        os.replace(unfinished, path)
+        if about is not None:
+            about.write(beside)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    return path
+
+
+def load_part(
+    path: str | os.PathLike[str],
+    of: type[BaseSplitModel] | None = None,
+    *,
+    device: torch.device | str | int = "cpu",
+    dtype: torch.dtype | str | None = None,
+    verify: bool = False,
+) -> Any:
+    """A part from its files.
+
+    Args:
+        path: Of the weights.
+        of: A class that it must be of; where it is abstract or None, the class is the one that is registered.
+        device: Where to.
+        dtype: Of the floating tensors.
+        verify: Whether to compare checksums first.
+    """
+    need_transformers()
+    weights = _weights(path, getattr(of, "component", "") or _only_component(path))
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} is not there; give the path that save_split_model returned")
+    about = PartMetadata.read(metadata_path(weights))
+    made = _class(about, of, weights)
+    if verify:
+        from torchdistpackage.split.parts.checkpoint_split import verify_part
+
+        verify_part(weights)
+    config = _config(about)
+    layers = layers_of(about.component, about.start_layer, about.end_layer)
+    with WeightFiles(str(weights.parent), weights.name) as files:
+        state = CheckpointTensors(files)
+        part: Any = made._from_saved(state, config, about.names != "checkpoint", **layers)
+    if dtype is not None:
+        part = part.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return part.to(device).eval()
+
+
+def _own(name: str, tensor: Tensor) -> Tensor:
+    """A tensor that shares no memory with another, as the format wants it."""
+    if tensor.is_meta:
+        raise CheckpointError(f"{name} is on the meta device and has no values to save")
+    gather: Any = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor if gather is None else gather()
+    whole = whole.detach().to("cpu")
+    alone = whole.is_contiguous() and whole.untyped_storage().nbytes() == whole.numel() * whole.element_size()
+    return whole if alone else whole.clone(memory_format=torch.contiguous_format)
+
+
+def _about(part: BaseSplitModel, tensors: Mapping[str, Tensor]) -> PartMetadata:
+    floating = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    kind: Mapping[str, str] = getattr(type(part), "_registry_info", {})
+    return metadata(
+        part.component,
+        part.start_layer,
+        part.end_layer,
+        num_layers_of(part.config),
+        _Config(part.config, kind.get("model_type", GENERIC)),
+        num_parameters=part.num_parameters(),
+        num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        dtype=str(floating[0] if floating else torch.get_default_dtype()),
+        sha256={name: _hash(tensor) for name, tensor in tensors.items()},
+        names="part",
+        model_class=type(part).__name__,
+        extra={"family": kind.get("model_type", GENERIC)},
+    )
+
+
+def _hash(tensor: Tensor) -> str:
+    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+class _Config:
+    """The configuration as JSON, also of models that are not of transformers."""
+
+    def __init__(self, config: Any, kind: str) -> None:
+        self._config, self.model_type = config, getattr(config, "model_type", None) or kind
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what is none is left out."""
+        config = self._config
+        found = json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else None
+        return dict(vars(config)) if found is None else found
+
+
+def _config(about: PartMetadata) -> Any:
+    from transformers import AutoConfig, PretrainedConfig
+
+    fields = dict(about.config)
+    kind = fields.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except ValueError:  # a kind that is not one of transformers
+        config = PretrainedConfig(**fields)
+        vars(config)["model_type"] = kind
+        return config
+
+
+def _class(about: PartMetadata, of: type[BaseSplitModel] | None, weights: Path) -> type[Any]:
+    if of is not None and of.component and about.component != of.component:
+        raise CheckpointError(
+            f"{weights} holds a {about.component}, not a {of.component}: {of.__name__} cannot load it"
+        )
+    if of is not None and not inspect.isabstract(of):
+        return of
+    kind = str(about.extra.get("family") or about.model_type)
+    return ModelRegistry.get_model_class(kind, about.component)
+
+
+def _weights(path: str | os.PathLike[str], component: str) -> Path:
+    """The file that a path means: a directory stands for the component's file in it."""
+    found = Path(path)
+    if found.is_dir() and component:
+        return weights_path(found, component)
+    stem = found.name.removesuffix(".safetensors").removesuffix(".pt")  # SplitLearn writes .pt
+    return found.with_name(f"{stem}.safetensors")
+
+
+def _only_component(path: str | os.PathLike[str]) -> str:
+    """The component whose file is in a directory, if it is the only one there."""
+    found = [file.stem for file in Path(path).glob("*.safetensors")] if Path(path).is_dir() else []
+    if Path(path).is_dir() and len(found) != 1:
+        raise CheckpointError(f"{os.fspath(path)} is a directory with {sorted(found) or 'no parts'}; give one file")
+    return found[0] if found else ""

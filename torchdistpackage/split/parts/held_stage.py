@@ -1,0 +1,196 @@
+"""What Bottom, Trunk and Top of the library's own families have in common: each holds a stage of `split/causal_lm.py`.
+
+The part and its stage share one set of modules, under the names of the whole model::
+
+    CausalLMBottomModel ----+
+                            +---->  model.embed_tokens, model.layers.0, model.layers.1
+    stage (LlamaForCausalLM)+
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchdistpackage.errors import PipelineError, SplitError
+from torchdistpackage.split.causal_lm import new_cache, split_causal_lm
+from torchdistpackage.split.decoder.cache import is_cache
+from torchdistpackage.split.decoder.filling import GivenTensors, WeightSource, fill_stage
+from torchdistpackage.split.decoder.materialize import materialize_stages
+from torchdistpackage.split.decoder.part import HELD
+from torchdistpackage.split.decoder.pretrained import without_weights
+from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, run_stage
+from torchdistpackage.split.names import record_ends
+from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of
+from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors
+from torchdistpackage.split.parts.registry import GENERIC
+from torchdistpackage.split.pipe import put_in_use
+
+__all__ = ["CausalLMPart", "empty_stage"]
+
+
+def empty_stage(config: Any, start: int, end: int, *, dtype: Any = None, trust_remote_code: bool = False) -> nn.Module:
+    """The layers start .. end-1 of a model, on the meta device, with what is before or behind them at its ends.
+
+    Args:
+        config: Of the whole model.
+        start: First layer.
+        end: After the last layer.
+        dtype: Of the floating tensors; None for that of the configuration.
+        trust_remote_code: As for `from_pretrained`.
+
+    Returns:
+        A stage of `split_causal_lm`; `ends` in pipelines of any length know what it shares.
+
+    Raises:
+        SplitError: The model cannot be cut so, or it would be all of it.
+    """
+    total = num_layers_of(config)
+    points = [point for point in (start, end) if 0 < point < total]
+    if not points:
+        raise SplitError(f"the layers {start}..{end - 1} are all {total} of the model; leave some to another part")
+    whole = without_weights(config, dtype, None, trust_remote_code)
+    index = 0 if start == 0 else 1
+    stage = split_causal_lm(whole, len(points) + 1, [index], cut_points=points)[index]
+    record_ends(stage)
+    if start == 0 or end == total:
+        put_in_use(stage, 0 if start == 0 else -1, None)
+    vars(stage)[_WHOLE] = whole
+    return stage
+
+
+_WHOLE = "_torchdistpackage_whole"  # in a stage without weights: the model on the meta device that it was cut from
+
+
+class CausalLMPart(BaseSplitModel):
+    """What the three parts have in common.
+
+    Attributes:
+        model_types: What `config.model_type` may be; anything when empty.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def stage(self) -> nn.Module:
+        """The part as an object of the model's own class, on the same modules."""
+        return cast(nn.Module, vars(self)[HELD])
+
+    @property
+    def _record(self) -> Stage:
+        return cast(Stage, vars(self.stage)[STAGE])
+
+    def train(self, mode: bool = True) -> Any:
+        """Puts the part into training mode, or out of it."""
+        super().train(mode)
+        if HELD in vars(self):
+            self.stage.training = mode
+        return self
+
+    def get_transformer_blocks(self) -> nn.ModuleList:
+        """Its layers in order."""
+        layers = self.stage.get_submodule(self._record.layout.skeleton.layers)
+        return nn.ModuleList(layers.values())  # type: ignore[operator]
+
+    def get_layer_name_pattern(self) -> str:
+        r"""Such as `\.h\.[0-9]+`: what names of layers have in common."""
+        return rf"\.{re.escape(self._record.layout.skeleton.layers.rpartition('.')[2])}\.[0-9]+"
+
+    def prepare_attention_mask(self, attention_mask: Tensor | None, hidden_states: Tensor) -> Any:
+        """The mask that the model makes for the first layer of this part; None where it leaves that to the kernel.
+
+        Args:
+            attention_mask: (rows, tokens); None for no padding.
+            hidden_states: (rows, tokens, width).
+        """
+        x: Tensor = hidden_states
+        if self._record.first:
+            x = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+        return self._first_call(x, attention_mask=attention_mask).get("attention_mask")
+
+    def _hold(self, stage: nn.Module | None, *, trust_remote_code: bool = False) -> None:
+        """Takes the modules of a stage as its own; a new one with first values where none is given."""
+        kind, known = getattr(self.config, "model_type", None), self.model_types
+        if known and kind not in known:
+            raise SplitError(
+                f"{type(self).__name__} is for {' or '.join(known)}, and the configuration is one of {kind!r}: "
+                f"use model_type={kind!r}, or {GENERIC!r} for any"
+            )
+        if stage is None:
+            stage = empty_stage(self.config, self.start_layer, self.end_layer, trust_remote_code=trust_remote_code)
+            vars(stage).pop(_WHOLE)
+            materialize_stages({0: stage})
+        for space in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            vars(self)[space] = vars(stage)[space]  # one dictionary for both, whoever changes it
+        vars(self)[HELD] = stage
+        self.training = stage.training
+
+    @classmethod
+    def _filled(
+        cls, state: Mapping[str, Tensor], config: Any, start: int, end: int, dtype: Any, trust_remote_code: bool
+    ) -> nn.Module:
+        """A stage with the weights of a state dict, in evaluation mode."""
+        given = isinstance(state, CheckpointTensors)
+        source: WeightSource = state.files if isinstance(state, CheckpointTensors) else GivenTensors(state)
+        types = None if dtype is None else dtype
+        if types is None and given:
+            types = getattr(config, "dtype", None)
+        types = types or _float_type(state)
+        types = getattr(torch, types) if isinstance(types, str) else types
+        stage = empty_stage(config, start, end, dtype=types, trust_remote_code=trust_remote_code)
+        fill_stage(stage, vars(stage).pop(_WHOLE), source, types, trust_remote_code)
+        return stage
+
+    @classmethod
+    def _from_saved(cls, state: Mapping[str, Tensor], config: Any, own_names: bool, **layers: int) -> Any:
+        return cls.from_pretrained_split(state, config, **layers)
+
+    def _run(self, x: Any, past_key_values: Any, use_cache: bool | None, arguments: dict[str, Any]) -> Any:
+        """(What the stage gives, the cache)."""
+        x, arguments = self._arrived((x, {name: value for name, value in arguments.items() if value is not None}))
+        if past_key_values is not None and not is_cache(past_key_values):
+            raise PipelineError(
+                f"past_key_values is a {type(past_key_values).__name__}; pass the cache that this part returned, or "
+                "leave it out and say use_cache=True to get a new one"
+            )
+        if past_key_values is None and use_cache:
+            past_key_values = new_cache(self.stage)
+        if past_key_values is not None:
+            arguments["past_key_values"] = past_key_values
+            if use_cache is not False and "use_cache" in self._record.layout.switches:
+                arguments["use_cache"] = True
+        return run_stage(self.stage, x, arguments), past_key_values
+
+    def _first_call(self, x: Any, **arguments: Any) -> dict[str, Any]:
+        """The arguments, by name, with which the model calls the first layer of this part; the layer does not run."""
+        block = self.get_transformer_blocks()[0]
+        seen: list[dict[str, Any]] = []
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            seen.append({**bound, **bound.get("kwargs", {})})
+            raise _Seen
+
+        handle = block.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            self._run(x, None, None, arguments)
+        except _Seen:
+            return seen[0]
+        finally:
+            handle.remove()
+        raise PipelineError(f"{type(self.stage).__name__} does not call its layer {self.start_layer}")
+
+
+class _Seen(Exception):
+    """What was to be seen was seen."""
+
+
+def _float_type(state: Mapping[str, Tensor]) -> torch.dtype:
+    if isinstance(state, CheckpointTensors):
+        return state.files.float_dtype()
+    return next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
