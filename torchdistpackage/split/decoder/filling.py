@@ -52,6 +52,7 @@ def fill_stage(part: Any, whole: Any, source: WeightSource, dtype: Any, trust_re
     """
     # Python does not call __init__ when __new__ returns an object of another class
     loader = type(type(part).__name__, (type(part),), {"__new__": lambda cls, *args, **kwargs: part})
+    own = {*part.state_dict(), *(name for tie in _ties_near(part, whole).items() for name in tie)}
     with _with_tied_partners(part, whole), _without_report():
         for module in part.modules():  # a module that two parts share counts as done after the first
             vars(module).pop("_is_hf_initialized", None)
@@ -70,21 +71,27 @@ def fill_stage(part: Any, whole: Any, source: WeightSource, dtype: Any, trust_re
             source.check()
             raise CheckpointError(f"{source.name} cannot be loaded as {type(part).__name__}: {error}") from error
         source.check()
-        _check(part, whole, info, source.name)
+        _check(part, whole, info, source.name, own)
 
 
-def _check(part: Any, whole: Any, info: Mapping[str, Any], source: str) -> None:
-    """Raises unless all is loaded; a warning names weights that no stage knows."""
+def _check(part: Any, whole: Any, info: Mapping[str, Any], source: str, own: set[str]) -> None:
+    """Raises unless all of its own is loaded; a warning names weights that no stage knows."""
     model = type(part).__name__
-    if missing := set(info["missing_keys"]):
+    if missing := own & set(info["missing_keys"]):
         raise CheckpointError(f"{source} does not hold {listed(missing)} of {model}; is it of this model, and whole?")
-    if wrong := {name: (tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"]}:
+    if wrong := {name: (tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"] if name in own}:
         shapes = [f"{name} is {there} in the files and {here} in {model}" for name, (there, here) in wrong.items()]
         raise CheckpointError(f"{source} does not fit its config.json: {listed(shapes)}")
     prefix = f"{whole.base_model_prefix}."  # files of a base model lack it
     known = {name.removeprefix(prefix) for name in whole.state_dict()}
     if unknown := {name for name in info["unexpected_keys"] if name.removeprefix(prefix) not in known}:
         _logger.warning("%s holds weights that %s does not have: %s", source, model, listed(unknown))
+
+
+def _ties_near(part: nn.Module, whole: Any) -> dict[str, str]:
+    """Name -> the name that it is tied to, for ties of which the part has an end."""
+    ties, own = getattr(whole, "all_tied_weights_keys", {}), set(part.state_dict())
+    return {target: kept for target, kept in ties.items() if target in own or kept in own}
 
 
 @contextmanager
@@ -94,9 +101,7 @@ def _with_tied_partners(part: Any, whole: Any) -> Iterator[None]:
     A tied weight is in the files under one of its names. Which one, and whether both are there and equal, is then
     decided by transformers, with all names at hand; an embedding next to its tied head costs no memory.
     """
-    ties = getattr(whole, "all_tied_weights_keys", {})
-    own = set(part.state_dict())
-    near = {target: kept for target, kept in ties.items() if target in own or kept in own}
+    ties, own, near = getattr(whole, "all_tied_weights_keys", {}), set(part.state_dict()), _ties_near(part, whole)
     lent: list[tuple[nn.Module, str, bool]] = []
     for name in sorted({*near, *near.values()} - own):
         parent, steps = part, name.split(".")

@@ -202,7 +202,9 @@ class CausalLMTopModel(CausalLMPart, BaseTopModel):
         """The norm after the last layer; None where there is none."""
         layout, head = self._record.layout, self.get_lm_head()
         behind = [self.stage.get_submodule(name) for name in layout.row[layout.num_layers :]]
-        return next((module for module in behind if module is not head), None)
+        return next(
+            (module for module in behind if "norm" in type(module).__name__.lower() and module is not head), None
+        )
 
     def get_lm_head(self) -> nn.Module:
         """Hidden state -> logits."""

@@ -73,7 +73,9 @@ def save_part(part: BaseSplitModel, save_path: str | os.PathLike[str], *, save_m
     from safetensors.torch import save_file
 
     path = _weights(save_path, part.component)
-    tensors = {name: _own(name, tensor) for name, tensor in part.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in part.state_dict().items():
+        tensors[name] = _own(name, tensor, tensors)
     beside, unfinished = metadata_path(path), Path(f"{path}.unfinished")
     about = _about(part, tensors) if save_metadata else None
     try:
@@ -126,14 +128,15 @@ def load_part(
     return part.to(device).eval()
 
 
-def _own(name: str, tensor: Tensor) -> Tensor:
-    """A tensor that shares no memory with another, as the format wants it."""
+def _own(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+    """A tensor on the CPU that shares no memory with the others, as the format wants it."""
     if tensor.is_meta:
         raise CheckpointError(f"{name} is on the meta device and has no values to save")
     gather: Any = getattr(tensor, "full_tensor", None)
     whole: Tensor = tensor if gather is None else gather()
     whole = whole.detach().to("cpu")
     alone = whole.is_contiguous() and whole.untyped_storage().nbytes() == whole.numel() * whole.element_size()
+    alone = alone and all(other.data_ptr() != whole.data_ptr() for other in others.values())
     return whole if alone else whole.clone(memory_format=torch.contiguous_format)
 
 
