@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import nn
 
+from torchdistpackage.errors import PipelineError
+
 if TYPE_CHECKING:
     from torchdistpackage.split.decoder.layout import Skeleton
 
@@ -78,6 +80,9 @@ def mark_length(cache: Any, places: tuple[int, ...], rows: int, tokens: int, dev
         rows: Rows of the batch.
         tokens: Tokens of this forward.
         device: Where the cache is.
+
+    Raises:
+        PipelineError: The cache is that of another stage.
     """
     for place in places:
         layer = cache.layers[place] if place < len(cache.layers) else None
@@ -85,6 +90,12 @@ def mark_length(cache: Any, places: tuple[int, ...], rows: int, tokens: int, dev
         if isinstance(state, dict):  # of a recurrent layer, where there is no length
             for key in state:
                 state[key] = True
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, torch.Tensor) and keys.numel() and keys.dtype != torch.int8:
+            raise PipelineError(
+                f"the cache holds keys of layer {place}, which another stage computes: each stage needs a cache of its "
+                "own, the one that it returned or new_cache(part)"
+            )
         if layer is None or (hasattr(layer, "get_seq_length") and hasattr(layer, "keys")):
             mark = torch.zeros(rows, 1, tokens, 1, dtype=torch.int8, device=device)
             cache.update(mark, mark, place)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -143,7 +144,8 @@ class CausalLMPart(BaseSplitModel):
         types = types or _float_type(state)
         types = getattr(torch, types) if isinstance(types, str) else types
         stage = empty_stage(config, start, end, dtype=types, trust_remote_code=trust_remote_code)
-        fill_stage(stage, vars(stage).pop(_WHOLE), source, types, trust_remote_code)
+        with _without_progress_bar():
+            fill_stage(stage, vars(stage).pop(_WHOLE), source, types, trust_remote_code)
         return stage
 
     @classmethod
@@ -184,6 +186,21 @@ class CausalLMPart(BaseSplitModel):
         finally:
             handle.remove()
         raise PipelineError(f"{type(self.stage).__name__} does not call its layer {self.start_layer}")
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Without the one that transformers shows for each part."""
+    from transformers.utils import logging
+
+    bars: Any = logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 class _Seen(Exception):
