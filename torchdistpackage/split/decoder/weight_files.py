@@ -82,11 +82,16 @@ class WeightFiles:
             return torch.empty(0)  # the loader goes on, so that all failures are found
         return tensor
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a tensor has in its file."""
+        has_rows = bool(self._handle(self.file_of[name]).get_slice(name).get_shape())
+        return self.read(name, slice(0, 0) if has_rows else ...).dtype  # of rows no bytes are read
+
     def float_dtype(self) -> torch.dtype:
         """The type of the first floating tensor of the first file that is there; float32 where there is none."""
         for name, file in sorted(self.file_of.items(), key=lambda item: item[1]):
-            if find(self.name, file) is not None and self._handle(file).get_slice(name).get_shape():
-                dtype = self.read(name, slice(0, 0)).dtype  # no bytes, but the type
+            if find(self.name, file) is not None:
+                dtype = self.dtype(name)
                 if dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
                     return dtype
         return torch.float32

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from torchdistpackage.split.decoder.weight_files import WeightFiles
@@ -24,22 +25,29 @@ class CheckpointTensors(Mapping[str, Tensor]):
     Args:
         files: Where they are.
         whole: The model on the meta device, for its names; without it the files' are taken.
+        of_whole: Whether they are those of a whole model, whose configuration says of what type they are to be.
 
     Attributes:
         files: Where they are.
+        of_whole: As given.
 
     Raises:
         CheckpointError: At an access: the file of the tensor is missing or broken.
     """
 
-    def __init__(self, files: WeightFiles, whole: nn.Module | None = None) -> None:
+    def __init__(self, files: WeightFiles, whole: nn.Module | None = None, *, of_whole: bool = True) -> None:
         self.files = files
+        self.of_whole = of_whole
         self._names = _module_names(files.file_of, whole)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.files.read(self._names[name])
         self.files.check()
         return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a tensor has in its file."""
+        return self.files.dtype(self._names[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -23,6 +23,7 @@ from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.decoder.weight_files import WeightFiles, need_transformers
 from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of
 from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors
+from torchdistpackage.split.parts.held_stage import CausalLMPart
 from torchdistpackage.split.parts.metadata import PartMetadata, metadata, metadata_path, weights_path
 from torchdistpackage.split.parts.registry import GENERIC, ModelRegistry
 
@@ -118,10 +119,10 @@ def load_part(
         from torchdistpackage.split.parts.checkpoint_split import verify_part
 
         verify_part(weights)
-    config = _config(about)
+    config = _config(about, made)
     layers = layers_of(about.component, about.start_layer, about.end_layer)
     with WeightFiles(str(weights.parent), weights.name) as files:
-        state = CheckpointTensors(files)
+        state = CheckpointTensors(files, of_whole=about.names == "checkpoint")
         part: Any = made._from_saved(state, config, about.names != "checkpoint", **layers)
     if dtype is not None:
         part = part.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -177,17 +178,22 @@ class _Config:
         return dict(vars(config)) if found is None else found
 
 
-def _config(about: PartMetadata) -> Any:
+def _config(about: PartMetadata, of: type[BaseSplitModel]) -> Any:
     from transformers import AutoConfig, PretrainedConfig
 
     fields = dict(about.config)
     kind = fields.pop("model_type", None)
     try:
         return AutoConfig.for_model(kind, **fields)
-    except ValueError:  # a kind that is not one of transformers
-        config = PretrainedConfig(**fields)
-        vars(config)["model_type"] = kind
-        return config
+    except ValueError:
+        if issubclass(of, CausalLMPart):
+            raise CheckpointError(
+                f"the model is of type {kind!r}, which transformers does not know here; import the code that registers "
+                "it with AutoConfig and AutoModelForCausalLM first"
+            ) from None
+    config = PretrainedConfig(**fields)
+    vars(config)["model_type"] = kind
+    return config
 
 
 def _class(about: PartMetadata, of: type[BaseSplitModel] | None, weights: Path) -> type[Any]:

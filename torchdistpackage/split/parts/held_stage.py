@@ -136,16 +136,14 @@ class CausalLMPart(BaseSplitModel):
         cls, state: Mapping[str, Tensor], config: Any, start: int, end: int, dtype: Any, trust_remote_code: bool
     ) -> nn.Module:
         """A stage with the weights of a state dict, in evaluation mode."""
-        given = isinstance(state, CheckpointTensors)
         source: WeightSource = state.files if isinstance(state, CheckpointTensors) else GivenTensors(state)
-        types = None if dtype is None else dtype
-        if types is None and given:
-            types = getattr(config, "dtype", None)
-        types = types or _float_type(state)
+        types = dtype if dtype is not None else _float_type(state, config)
         types = getattr(torch, types) if isinstance(types, str) else types
         stage = empty_stage(config, start, end, dtype=types, trust_remote_code=trust_remote_code)
         with _without_progress_bar():
             fill_stage(stage, vars(stage).pop(_WHOLE), source, types, trust_remote_code)
+        if dtype is None and not (isinstance(state, CheckpointTensors) and state.of_whole):
+            _keep_types(stage, state)
         return stage
 
     @classmethod
@@ -207,7 +205,19 @@ class _Seen(Exception):
     """What was to be seen was seen."""
 
 
-def _float_type(state: Mapping[str, Tensor]) -> torch.dtype:
+def _float_type(state: Mapping[str, Tensor], config: Any) -> Any:
+    """The type of the weights: of a checkpoint what `from_pretrained` takes, else what they have."""
     if isinstance(state, CheckpointTensors):
-        return state.files.float_dtype()
+        said = getattr(config, "dtype", None) if state.of_whole else None
+        return said or state.files.float_dtype()
     return next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+
+
+def _keep_types(stage: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives tensors the types that they have in the state again: the loader knows one type for all."""
+    for name, tensor in stage.state_dict(keep_vars=True).items():
+        if name not in state or not tensor.is_floating_point():
+            continue
+        there = state.dtype(name) if isinstance(state, CheckpointTensors) else state[name].dtype
+        if there != tensor.dtype:
+            tensor.data = state[name].detach().clone()
