@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdistpackage.errors import SplitError
-from torchdistpackage.split.decoder.part import unwrapped
+from torchdistpackage.split.decoder.part import in_lists, unwrapped
 
 __all__ = ["materialize_stages"]
 
@@ -74,7 +74,12 @@ def _find_owners(module: nn.Module, owner: Any, owners: dict[int, Any]) -> None:
 def _filler(module: nn.Module, owners: dict[int, Any]) -> Any:
     owner = owners.get(id(module))
     if owner is not None:
-        return lambda: owner._init_weights(module)
+
+        def fill() -> None:
+            with in_lists(module):
+                owner._init_weights(module)
+
+        return fill
     return getattr(module, "reset_parameters", None)
 
 

@@ -8,6 +8,8 @@ indices as keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -15,7 +17,7 @@ from torch import nn
 from torchdistpackage.split.decoder.layout import DecoderLayout
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, stage_forward
 
-__all__ = ["HELD", "make_part", "shallow_copy", "unwrapped"]
+__all__ = ["HELD", "in_lists", "make_part", "shallow_copy", "unwrapped"]
 
 HELD = "_torchdistpackage_held_stage"
 """Where a module that stands for a stage, and shares its modules, keeps it."""
@@ -70,6 +72,23 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     made = type(module).__new__(type(module))
     vars(made).update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
     return made
+
+
+@contextmanager
+def in_lists(module: nn.Module) -> Iterator[None]:
+    """Shows a container its layers in a list, as in the whole model: some code for first values goes through them."""
+    space = vars(module)
+    found = {
+        name: list(child.values())
+        for name, child in module._modules.items()
+        if isinstance(child, nn.ModuleDict) and all(key.isdigit() for key in child)
+    }
+    space.update(found)
+    try:
+        yield
+    finally:
+        for name in found:
+            del space[name]
 
 
 def unwrapped(part: nn.Module) -> nn.Module:

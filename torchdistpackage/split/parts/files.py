@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -172,10 +171,9 @@ class _Config:
         self._config, self.model_type = config, getattr(config, "model_type", None) or kind
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; what is none is left out."""
-        config = self._config
-        found = json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else None
-        return dict(vars(config)) if found is None else found
+        """Its fields."""
+        found: dict[str, Any] = self._config.to_dict() if hasattr(self._config, "to_dict") else dict(vars(self._config))
+        return found
 
 
 def _config(about: PartMetadata, of: type[BaseSplitModel]) -> Any:

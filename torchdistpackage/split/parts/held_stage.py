@@ -214,10 +214,16 @@ def _float_type(state: Mapping[str, Tensor], config: Any) -> Any:
 
 
 def _keep_types(stage: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Gives tensors the types that they have in the state again: the loader knows one type for all."""
+    """Gives tensors the types and strides that they have in the state: the loader knows one type for all.
+
+    Kernels round in another way where strides are others.
+    """
     for name, tensor in stage.state_dict(keep_vars=True).items():
         if name not in state or not tensor.is_floating_point():
             continue
-        there = state.dtype(name) if isinstance(state, CheckpointTensors) else state[name].dtype
-        if there != tensor.dtype:
+        if isinstance(state, CheckpointTensors):
+            same = state.dtype(name) == tensor.dtype
+        else:
+            same = state[name].dtype == tensor.dtype and state[name].stride() == tensor.stride()
+        if not same:
             tensor.data = state[name].detach().clone()
