@@ -116,12 +116,7 @@ class CausalLMPart(BaseSplitModel):
 
     def _hold(self, stage: nn.Module | None, *, trust_remote_code: bool = False) -> None:
         """Takes the modules of a stage as its own; a new one with first values where none is given."""
-        kind, known = getattr(self.config, "model_type", None), self.model_types
-        if known and kind not in known:
-            raise SplitError(
-                f"{type(self).__name__} is for {' or '.join(known)}, and the configuration is one of {kind!r}: "
-                f"use model_type={kind!r}, or {GENERIC!r} for any"
-            )
+        self._check_kind(self.config)
         if stage is None:
             stage = empty_stage(self.config, self.start_layer, self.end_layer, trust_remote_code=trust_remote_code)
             vars(stage).pop(_WHOLE)
@@ -132,10 +127,20 @@ class CausalLMPart(BaseSplitModel):
         self.training = stage.training
 
     @classmethod
+    def _check_kind(cls, config: Any) -> None:
+        kind = getattr(config, "model_type", None)
+        if cls.model_types and kind not in cls.model_types:
+            raise SplitError(
+                f"{cls.__name__} is for {' or '.join(cls.model_types)}, and the configuration is one of {kind!r}: use "
+                f"model_type={kind!r}, or {GENERIC!r} for any"
+            )
+
+    @classmethod
     def _filled(
         cls, state: Mapping[str, Tensor], config: Any, start: int, end: int, dtype: Any, trust_remote_code: bool
     ) -> nn.Module:
         """A stage with the weights of a state dict, in evaluation mode."""
+        cls._check_kind(config)
         source: WeightSource = state.files if isinstance(state, CheckpointTensors) else GivenTensors(state)
         types = dtype if dtype is not None else _float_type(state, config)
         types = getattr(torch, types) if isinstance(types, str) else types
