@@ -31,15 +31,15 @@ from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.schedule import Placement
-from torchdistpackage.split.names import ties_in
-from torchdistpackage.split.pipe import stages_in_use
+from torchdistpackage.split.names import TiedParameter, ties_in
+from torchdistpackage.split.pipe import ends_in_use, stages_in_use, take_ends_run
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import gather_json
 
 __all__ = ["TiedParameters", "tie_parameters", "ties"]
 
 # What an exchange is about, in the place of a micro-batch's number; 0 is the loss (`pipeline_sched.py`).
-_GRADIENTS, _VALUES = 1, 2
+_GRADIENTS, _VALUES, _ENDS = 1, 2, 3
 
 
 @dataclass(eq=False)
@@ -66,6 +66,10 @@ class TiedParameters:
         self._peers: set[int] = set()
         self._before: dict[int, Tensor] = {}
         self._training = False
+        self._owners: tuple[int, ...] = ()
+        self._asked: set[int] = set()
+        self._known: set[str] = set()
+        self._both_know: set[str] = set()
         self._adopted: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
         self._holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> its ranks
 
@@ -95,18 +99,67 @@ class TiedParameters:
 
         Every rank runs it before a step, with the step's placement; a second time with the same one changes nothing.
         """
-        owners = placement.owners
+        owners = self._owners = placement.owners
+        take_ends_run()  # those that ran outside of steps
         for stage in stages_in_use():
-            here = stage.num_stages in (placement.num_stages, None) and owners[stage.index] == self._rank
+            here = stage.num_stages == placement.num_stages and owners[stage.index] == self._rank
             if not here or self._adopted.get(stage.module) == owners:
                 continue
             self._adopted[stage.module] = owners
-            found = {id(tie.parameter): tie for tie in ties_in(stage.module).values()}
-            placed = {key: tuple(sorted({owners[at] for at in tie.stages})) for key, tie in found.items()}
-            self.cut_again(placed)
-            for key, tie in sorted(found.items(), key=lambda item: item[1].name):
-                if len(placed[key]) > 1:
-                    self.add(tie.name, placed[key], tie.parameter)
+            self._adopt_stage(stage.module)
+
+    def _adopt_stage(self, stage: nn.Module) -> None:
+        found = {id(tie.parameter): tie for tie in ties_in(stage).values()}
+        placed = {key: tuple(sorted({self._owners[at] for at in tie.stages})) for key, tie in found.items()}
+        self.cut_again(placed)
+        for key, tie in sorted(found.items(), key=lambda item: item[1].name):
+            if len(placed[key]) > 1:
+                self.add(tie.name, placed[key], tie.parameter)
+
+    def _ask_other_end(self, transport: Transport) -> None:
+        """Tells the rank at the other end of the pipeline which ties the parts here may have, and hears of its.
+
+        Once: Bottom and Top were cut one by one, each process may hold parts of several models, and the other end may
+        be something else. A tie is one if both ends know of it.
+        """
+        ends = {self._owners[0], self._owners[-1]} if self._owners else set()
+        if len(ends) < 2 or self._rank not in ends or ends <= self._asked:
+            return
+        self._asked |= ends
+        (peer,) = ends - {self._rank}
+        mine = sorted({_key(tie) for stage in ends_in_use() for tie in ties_in(stage).values()})
+        transport.outlet(peer).send(Kind.VALUE, self._rank, _ENDS, 0, *flatten(mine))
+        message = transport.inlet(peer).take(Kind.VALUE, peer, _ENDS)
+        assert message.layout is not None
+        theirs = message.layout.tree(message.tensors)
+        self._known.update(mine)
+        self._both_know.update({*mine} & {*theirs})
+
+    def _adopt_ends(self) -> None:
+        """Registers what Bottom and Top share, when they have run in a step: which pipeline they belong to is known.
+
+        Raises:
+            SplitError: They are on one rank, with a copy each; or were made too late.
+        """
+        seen: dict[str, Tensor] = {}
+        for stage, index in take_ends_run():
+            if self._owners[index] != self._rank:
+                continue
+            for tie in ties_in(stage).values():
+                by_hand = any(other.parameter() is tie.parameter for other in self._ties)
+                if seen.setdefault(_key(tie), tie.parameter) is not tie.parameter:
+                    raise SplitError(
+                        f"Bottom and Top are on one rank and have a copy each of {tie.name}, which the model ties: "
+                        "call torchdistpackage.split.parts.share_tied_weights(bottom, top), and then make the optimizer"
+                    )
+                if self._owners[0] != self._owners[-1] and _key(tie) not in self._known and not by_hand:
+                    raise SplitError(
+                        f"{tie.name} may be tied to the other end of the model, but this part was made after the first "
+                        "step of this pipeline, in which the ends ask each other: make the parts before it, or call "
+                        "tie_parameters(name, parameter or None) on every rank"
+                    )
+                if _key(tie) in self._both_know:
+                    self._adopt_stage(stage)
 
     def counts_elsewhere(self, parameter: Tensor) -> bool:
         """Whether another rank counts this parameter in norms."""
@@ -115,6 +168,7 @@ class TiedParameters:
 
     def begin_step(self, transport: Transport, *, training: bool) -> None:
         """Makes new ties equal, and puts gradients away that were there before the step and count elsewhere."""
+        self._ask_other_end(transport)
         fresh = [number for number, tie in enumerate(self._ties) if not tie.equal]
         if fresh:
             # Only with the ranks that have the same new ties: the others, with older ones, do not know of any.
@@ -134,6 +188,7 @@ class TiedParameters:
         """Sums the gradients over the holders; one that was put away takes the sum, it may be a view of the user's."""
         if not self._training:
             return
+        self._adopt_ends()
         self._exchange(transport, list(range(len(self._ties))), self._peers, _GRADIENTS, _gradient, _take_sum)
         for number, before in self._before.items():
             parameter = self._ties[number].parameter()
@@ -176,6 +231,11 @@ class TiedParameters:
             parameter = tie.parameter()
             if parameter is not None:
                 take(parameter, [tensor for tensor in found if tensor is not None])
+
+
+def _key(tie: TiedParameter) -> str:
+    """What both ends of a tie call it."""
+    return f"{' '.join(tie.names)} {tuple(tie.parameter.shape)} {tie.parameter.dtype}"
 
 
 def _value(tie: _Tie) -> Tensor | None:

@@ -22,9 +22,21 @@ from torchdistpackage.schedule.routing import Routed
 from torchdistpackage.split.names import record_names, record_ties, shared_parameters
 from torchdistpackage.split.traced_stage import TracedStage
 
-__all__ = ["Pipe", "PipeInfo", "stages_in_use"]
+__all__ = [
+    "Pipe",
+    "PipeInfo",
+    "ends_in_use",
+    "note_end_run",
+    "put_aside",
+    "put_end_in_use",
+    "put_in_use",
+    "stages_in_use",
+    "take_ends_run",
+]
 
-_in_use: WeakKeyDictionary[nn.Module, tuple[int, int, int | None]] = WeakKeyDictionary()
+_in_use: WeakKeyDictionary[nn.Module, tuple[int, int, int]] = WeakKeyDictionary()
+_ends: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_ends_run: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _number = count()
 
 
@@ -34,29 +46,34 @@ class StageInUse:
 
     Attributes:
         module: The stage.
-        index: Its global index; -1 for the last one of any number.
-        num_stages: How many there are; None where that does not matter.
+        index: Its global index.
+        num_stages: How many there are.
     """
 
     module: nn.Module
     index: int
-    num_stages: int | None
+    num_stages: int
 
 
 _Stage = TypeVar("_Stage", bound=nn.Module)
 
 
-def put_in_use(stage: _Stage, index: int, num_stages: int | None, made: int | None = None) -> _Stage:
+def put_in_use(stage: _Stage, index: int, num_stages: int, made: int | None = None) -> _Stage:
     """Notes that this process is going to run a stage, and returns it.
 
     Args:
         stage: The module.
-        index: Its global index; -1 for the last one of any number.
-        num_stages: How many there are; None where that does not matter.
+        index: Its global index.
+        num_stages: How many there are.
         made: A number that says which cut it comes from; a new one when not given. All ranks cut in the same order.
     """
     _in_use[stage] = (next(_number) if made is None else made, index, num_stages)
     return stage
+
+
+def put_aside(stage: nn.Module) -> None:
+    """Takes back `put_in_use`."""
+    _in_use.pop(stage, None)
 
 
 def stages_in_use() -> Iterator[StageInUse]:
@@ -66,6 +83,34 @@ def stages_in_use() -> Iterator[StageInUse]:
     """
     for stage, (_, index, stages) in sorted(_in_use.items(), key=lambda item: item[1]):
         yield StageInUse(stage, index, stages)
+
+
+def put_end_in_use(stage: nn.Module, index: int) -> None:
+    """Notes a stage that was cut without knowing how many others there are, and shares parameters.
+
+    Args:
+        stage: With ties that `record_ends` wrote.
+        index: 0 for the first stage of a pipeline, -1 for the last.
+    """
+    _ends[stage] = index
+
+
+def ends_in_use() -> dict[nn.Module, int]:
+    """Such stages -> their index."""
+    return dict(_ends)
+
+
+def note_end_run(stage: nn.Module) -> None:
+    """Notes that such a stage runs now; another one is left alone."""
+    if stage in _ends:
+        _ends_run[stage] = _ends[stage]
+
+
+def take_ends_run() -> list[tuple[nn.Module, int]]:
+    """Those that ran since the last call, and their index, the first one first."""
+    found = sorted(_ends_run.items(), key=lambda item: -item[1])
+    _ends_run.clear()
+    return found
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torchdistpackage.errors import SplitError
 from torchdistpackage.split.decoder.cache import EmptyCache, cache_places, is_cache
 from torchdistpackage.split.decoder.findings import ROWS, TOKENS, Call, Findings, conclude
 from torchdistpackage.split.decoder.layout import DecoderLayout, Skeleton
-from torchdistpackage.split.decoder.stand_in import HIDDEN, filled, form_of, on_meta
+from torchdistpackage.split.decoder.stand_in import HIDDEN, WARNING, filled, form_of, nothing, on_meta
 
 __all__ = ["dry_run", "ids_name", "model_output", "switches"]
 
@@ -157,6 +157,8 @@ def _replace(twin: nn.Module, skeleton: Skeleton, seen: Findings, watch: _WatchI
     for module in twin.modules():
         if id(module) not in placed:
             _materialize(module)
+        if hasattr(module, WARNING):
+            vars(module)[WARNING] = nothing
 
 
 def _materialize(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torchdistpackage.split.decoder.cache import cache_in, mark_length
 from torchdistpackage.split.decoder.dry_run import model_output
 from torchdistpackage.split.decoder.layout import ArgumentKey, DecoderLayout, hidden_key
 from torchdistpackage.split.decoder.router import RouterLoss
-from torchdistpackage.split.decoder.stand_in import HIDDEN, AbsentModule, Called, filled, shown
+from torchdistpackage.split.decoder.stand_in import HIDDEN, WARNING, AbsentModule, Called, filled, nothing, shown
 
 __all__ = ["STAGE", "LastOutput", "Stage", "run_stage", "stage_forward"]
 
@@ -234,6 +234,7 @@ def _stand_ins(part: nn.Module, run: _Run) -> dict[str, Any]:
         for unit in set(layout.prologue) - set(layout.row[stage.start : stage.stop]):
             changed[unit] = AbsentModule(stage.twin.get_submodule(unit), run.hidden.device, dtype)
         changed |= {unit: nn.Identity() for unit in layout.randoms}
+        changed |= {f"{name}.{WARNING}".lstrip("."): nothing for name in skeleton.containers}  # the ids may be made up
     layers: list[Any] = []
     for place, name in enumerate(layout.row):
         if place in stage.passed:

@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-__all__ = ["HIDDEN", "AbsentModule", "Called", "filled", "form_of", "on_meta", "shown"]
+__all__ = ["HIDDEN", "WARNING", "AbsentModule", "Called", "filled", "form_of", "nothing", "on_meta", "shown"]
+
+WARNING = "warn_if_padding_and_no_attention_mask"
+"""A method of transformers that reads token ids for a warning and nothing else: no reason to send them."""
 
 HIDDEN = object()
 """In the form of what a layer returns: here is the hidden state, of the shape that it had when it came in."""
@@ -112,6 +115,10 @@ class AbsentModule:
     def _zeros(self, tensor: Tensor) -> Tensor:
         dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
         return torch.zeros(tensor.shape, dtype=dtype, device=self._device)
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of what has no effect on the result."""
 
 
 @contextmanager

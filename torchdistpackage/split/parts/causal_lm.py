@@ -9,6 +9,7 @@ Bottom and Top of a tied model have a copy each of the tied weight, because they
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ from torchdistpackage.split.parts.held_stage import CausalLMPart
 from torchdistpackage.split.parts.registry import GENERIC, ModelRegistry
 
 __all__ = ["CausalLMBottomModel", "CausalLMTopModel", "CausalLMTrunkModel", "share_tied_weights"]
+
+_logger = logging.getLogger(__name__)
 
 
 @ModelRegistry.register(GENERIC, "bottom")
@@ -51,6 +54,11 @@ class CausalLMBottomModel(CausalLMPart, BaseBottomModel):
     def __init__(self, config: Any, end_layer: int, *, stage: nn.Module | None = None) -> None:
         super().__init__(config, end_layer)
         self._hold(stage)
+        if self.sends_token_ids:
+            _logger.warning(
+                "layers of a %s look at token ids, so that the Bottom sends them on: the Trunk sees the text",
+                type(self.stage).__name__,
+            )
 
     @classmethod
     def from_pretrained_split(  # type: ignore[override]

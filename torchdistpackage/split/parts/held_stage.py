@@ -26,11 +26,11 @@ from torchdistpackage.split.decoder.materialize import materialize_stages
 from torchdistpackage.split.decoder.part import HELD
 from torchdistpackage.split.decoder.pretrained import without_weights
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, run_stage
-from torchdistpackage.split.names import record_ends
+from torchdistpackage.split.names import record_ends, ties_in
 from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of
 from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors
 from torchdistpackage.split.parts.registry import GENERIC
-from torchdistpackage.split.pipe import put_in_use
+from torchdistpackage.split.pipe import note_end_run, put_aside, put_end_in_use
 
 __all__ = ["CausalLMPart", "empty_stage"]
 
@@ -46,7 +46,7 @@ def empty_stage(config: Any, start: int, end: int, *, dtype: Any = None, trust_r
         trust_remote_code: As for `from_pretrained`.
 
     Returns:
-        A stage of `split_causal_lm`; `ends` in pipelines of any length know what it shares.
+        A stage of `split_causal_lm`, which knows what it shares with the other end of the model.
 
     Raises:
         SplitError: The model cannot be cut so, or it would be all of it.
@@ -58,9 +58,8 @@ def empty_stage(config: Any, start: int, end: int, *, dtype: Any = None, trust_r
     whole = without_weights(config, dtype, None, trust_remote_code)
     index = 0 if start == 0 else 1
     stage = split_causal_lm(whole, len(points) + 1, [index], cut_points=points)[index]
+    put_aside(stage)  # how many parts there are is not known: see `note_end_run`
     record_ends(stage)
-    if start == 0 or end == total:
-        put_in_use(stage, 0 if start == 0 else -1, None)
     vars(stage)[_WHOLE] = whole
     return stage
 
@@ -81,6 +80,11 @@ class CausalLMPart(BaseSplitModel):
     def stage(self) -> nn.Module:
         """The part as an object of the model's own class, on the same modules."""
         return cast(nn.Module, vars(self)[HELD])
+
+    @property
+    def sends_token_ids(self) -> bool:
+        """Whether layers of the model look at token ids, so that these go from part to part with the hidden state."""
+        return self._record.layout.reads_ids
 
     @property
     def _record(self) -> Stage:
@@ -124,6 +128,8 @@ class CausalLMPart(BaseSplitModel):
         for space in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             vars(self)[space] = vars(stage)[space]  # one dictionary for both, whoever changes it
         vars(self)[HELD] = stage
+        if ties_in(stage):
+            put_end_in_use(stage, 0 if self._record.first else -1)
         self.training = stage.training
 
     @classmethod
@@ -169,6 +175,7 @@ class CausalLMPart(BaseSplitModel):
             arguments["past_key_values"] = past_key_values
             if use_cache is not False and "use_cache" in self._record.layout.switches:
                 arguments["use_cache"] = True
+        note_end_run(self.stage)
         return run_stage(self.stage, x, arguments), past_key_values
 
     def _first_call(self, x: Any, **arguments: Any) -> dict[str, Any]:
