@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdistpackage.errors import CheckpointError
-from torchdistpackage.split.decoder.part import in_lists
+from torchdistpackage.split.decoder.part import filled_in
 from torchdistpackage.split.decoder.weight_files import listed
 
 __all__ = ["GivenTensors", "WeightSource", "fill_stage"]
@@ -54,7 +54,7 @@ def fill_stage(part: Any, whole: Any, source: WeightSource, dtype: Any, trust_re
     # Python does not call __init__ when __new__ returns an object of another class
     loader = type(type(part).__name__, (type(part),), {"__new__": lambda cls, *args, **kwargs: part})
     own = {*part.state_dict(), *(name for tie in _ties_near(part, whole).items() for name in tie)}
-    with _with_tied_partners(part, whole), _with_layers_in_lists(part), _without_report():
+    with _with_tied_partners(part, whole), _with_all_filled_in(part), _without_report():
         for module in part.modules():  # a module that two parts share counts as done after the first
             vars(module).pop("_is_hf_initialized", None)
         try:
@@ -134,13 +134,13 @@ def _with_tied_partners(part: Any, whole: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _with_layers_in_lists(part: nn.Module) -> Iterator[None]:
-    """For the time of loading, code for first values finds lists of layers, as in the whole model."""
+def _with_all_filled_in(part: nn.Module) -> Iterator[None]:
+    """For the time of loading, code for first values finds lists of layers, and something for each module."""
     owners = [module for module in part.modules() if hasattr(module, "_init_weights")]
 
     def wrapped(init: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
         def init_weights(module: nn.Module) -> None:
-            with in_lists(module):
+            with filled_in(part, module):
                 init(module)
 
         return init_weights

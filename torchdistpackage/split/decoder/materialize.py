@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from torchdistpackage.errors import SplitError
-from torchdistpackage.split.decoder.part import in_lists, unwrapped
+from torchdistpackage.split.decoder.part import filled_in, unwrapped
+from torchdistpackage.split.decoder.stage_forward import STAGE, Stage
 
 __all__ = ["materialize_stages"]
 
@@ -42,6 +43,7 @@ def materialize_stages(parts: Mapping[int, nn.Module], device: torch.device | st
     for part in parts.values():
         _find_owners(unwrapped(part), None, owners)
     empty = [module for part in parts.values() for module in part.modules() if _on_meta(module)]
+    around = [(part, module) for part in map(unwrapped, parts.values()) for module in _empty_containers(part)]
     nobody = [type(module).__name__ for module in empty if _filler(module, owners) is None]
     if nobody:
         raise SplitError(
@@ -60,6 +62,11 @@ def materialize_stages(parts: Mapping[int, nn.Module], device: torch.device | st
             fill = _filler(module, owners)
             assert fill is not None
             fill()
+        for part, module in around:  # inwards out, as transformers does: they may change what their children made
+            fill = _filler(module, owners)
+            if fill is not None:
+                with filled_in(part, module):
+                    fill()
 
 
 def _find_owners(module: nn.Module, owner: Any, owners: dict[int, Any]) -> None:
@@ -74,13 +81,20 @@ def _find_owners(module: nn.Module, owner: Any, owners: dict[int, Any]) -> None:
 def _filler(module: nn.Module, owners: dict[int, Any]) -> Any:
     owner = owners.get(id(module))
     if owner is not None:
-
-        def fill() -> None:
-            with in_lists(module):
-                owner._init_weights(module)
-
-        return fill
+        return lambda: owner._init_weights(module)
     return getattr(module, "reset_parameters", None)
+
+
+def _empty_containers(part: nn.Module) -> list[nn.Module]:
+    """The containers of a stage, the inner one first, that have no tensor of their own, and none with values."""
+    stage: Stage | None = vars(part).get(STAGE)
+    names = () if stage is None else stage.layout.skeleton.containers
+    found = [part.get_submodule(name) for name in reversed(names)]
+    return [
+        module
+        for module in found
+        if not _on_meta(module) and all(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    ]
 
 
 def _on_meta(module: nn.Module) -> bool:

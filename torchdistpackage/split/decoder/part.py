@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -17,7 +18,7 @@ from torch import nn
 from torchdistpackage.split.decoder.layout import DecoderLayout
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, stage_forward
 
-__all__ = ["HELD", "in_lists", "make_part", "shallow_copy", "unwrapped"]
+__all__ = ["HELD", "filled_in", "make_part", "shallow_copy", "unwrapped"]
 
 HELD = "_torchdistpackage_held_stage"
 """Where a module that stands for a stage, and shares its modules, keeps it."""
@@ -75,20 +76,27 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def in_lists(module: nn.Module) -> Iterator[None]:
-    """Shows a container its layers in a list, as in the whole model: some code for first values goes through them."""
-    space = vars(module)
-    found = {
-        name: list(child.values())
-        for name, child in module._modules.items()
-        if isinstance(child, nn.ModuleDict) and all(key.isdigit() for key in child)
-    }
-    space.update(found)
+def filled_in(part: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Shows a container its layers in a list, and what it lacks without weights, to code that makes first values.
+
+    Args:
+        part: A stage.
+        module: A module in it; what is no container stays as it is.
+    """
+    stage: Stage = vars(part)[STAGE]
+    names = [name for name in stage.layout.skeleton.containers if part.get_submodule(name) is module]
+    found: dict[str, Any] = {}
+    for name, child in module._modules.items() if names else ():
+        if isinstance(child, nn.ModuleDict) and all(key.isdigit() for key in child):
+            found[name] = list(child.values())
+        elif child is None:
+            found[name] = stage.twin.get_submodule(f"{names[0]}.{name}".lstrip("."))
+    vars(module).update(found)
     try:
         yield
     finally:
         for name in found:
-            del space[name]
+            del vars(module)[name]
 
 
 def unwrapped(part: nn.Module) -> nn.Module:
