@@ -32,7 +32,7 @@ from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.schedule import Placement
 from torchdistpackage.split.names import TiedParameter, ties_in
-from torchdistpackage.split.pipe import ends_in_use, stages_in_use, take_ends_run
+from torchdistpackage.split.pipe import are_ends_expected, stages_in_use, take_ends_run
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import gather_json
 
@@ -67,9 +67,7 @@ class TiedParameters:
         self._before: dict[int, Tensor] = {}
         self._training = False
         self._owners: tuple[int, ...] = ()
-        self._asked: set[int] = set()
-        self._known: set[str] = set()
-        self._both_know: set[str] = set()
+        self._may_have_parts: dict[int, bool] = {}  # rank at the other end -> what was agreed
         self._adopted: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
         self._holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> its ranks
 
@@ -116,50 +114,54 @@ class TiedParameters:
             if len(placed[key]) > 1:
                 self.add(tie.name, placed[key], tie.parameter)
 
-    def _ask_other_end(self, transport: Transport) -> None:
-        """Tells the rank at the other end of the pipeline which ties the parts here may have, and hears of its.
-
-        Once: Bottom and Top were cut one by one, each process may hold parts of several models, and the other end may
-        be something else. A tie is one if both ends know of it.
-        """
+    def _other_end(self) -> int | None:
+        """The rank at the other end of the pipeline, for the ranks that have its ends."""
         ends = {self._owners[0], self._owners[-1]} if self._owners else set()
-        if len(ends) < 2 or self._rank not in ends or ends <= self._asked:
-            return
-        self._asked |= ends
-        (peer,) = ends - {self._rank}
-        mine = sorted({_key(tie) for stage in ends_in_use() for tie in ties_in(stage).values()})
-        transport.outlet(peer).send(Kind.VALUE, self._rank, _ENDS, 0, *flatten(mine))
+        return (ends - {self._rank}).pop() if len(ends) == 2 and self._rank in ends else None
+
+    def _tell(self, transport: Transport, peer: int, value: list[str]) -> list[str]:
+        """One message to and from the other end."""
+        transport.outlet(peer).send(Kind.VALUE, self._rank, _ENDS, 0, *flatten(value))
         message = transport.inlet(peer).take(Kind.VALUE, peer, _ENDS)
         assert message.layout is not None
-        theirs = message.layout.tree(message.tensors)
-        self._known.update(mine)
-        self._both_know.update({*mine} & {*theirs})
+        theirs: list[str] = message.layout.tree(message.tensors)
+        return theirs
 
-    def _adopt_ends(self) -> None:
-        """Registers what Bottom and Top share, when they have run in a step: which pipeline they belong to is known.
+    def _ask_other_end(self, transport: Transport) -> None:
+        """Agrees, once, whether Bottoms and Tops may run at the ends; where not, nothing is ever sent for them."""
+        peer = self._other_end()
+        if peer is not None and peer not in self._may_have_parts:
+            answer = self._tell(transport, peer, ["parts"] if are_ends_expected() else [])
+            self._may_have_parts[peer] = bool(answer) or are_ends_expected()
+
+    def _adopt_ends(self, transport: Transport) -> None:
+        """Registers what Bottom and Top share: these were cut one by one, and neither knows of the other.
+
+        Both ends say what their parts have run with in this step. What both say is tied; what one says alone, because
+        the other end is something else, is not.
 
         Raises:
-            SplitError: They are on one rank, with a copy each; or were made too late.
+            SplitError: They are on one rank, with a copy each, or parts came where none were expected.
         """
-        seen: dict[str, Tensor] = {}
+        found: dict[str, tuple[nn.Module, Tensor]] = {}
         for stage, index in take_ends_run():
-            if self._owners[index] != self._rank:
-                continue
-            for tie in ties_in(stage).values():
-                by_hand = any(other.parameter() is tie.parameter for other in self._ties)
-                if seen.setdefault(_key(tie), tie.parameter) is not tie.parameter:
+            for tie in ties_in(stage).values() if self._owners[index] == self._rank else ():
+                if found.setdefault(_key(tie), (stage, tie.parameter))[1] is not tie.parameter:
                     raise SplitError(
                         f"Bottom and Top are on one rank and have a copy each of {tie.name}, which the model ties: "
                         "call torchdistpackage.split.parts.share_tied_weights(bottom, top), and then make the optimizer"
                     )
-                if self._owners[0] != self._owners[-1] and _key(tie) not in self._known and not by_hand:
-                    raise SplitError(
-                        f"{tie.name} may be tied to the other end of the model, but this part was made after the first "
-                        "step of this pipeline, in which the ends ask each other: make the parts before it, or call "
-                        "tie_parameters(name, parameter or None) on every rank"
-                    )
-                if _key(tie) in self._both_know:
-                    self._adopt_stage(stage)
+        peer = self._other_end()
+        if peer is None:
+            return
+        if found and not self._may_have_parts[peer]:
+            raise SplitError(
+                "Bottom or Top run in a pipeline whose first step came before torchdistpackage.split.parts was "
+                "imported: import it at the top of the program, on the ranks of both ends"
+            )
+        theirs = self._tell(transport, peer, sorted(found)) if self._may_have_parts[peer] else []
+        for key in sorted({*found} & {*theirs}):
+            self._adopt_stage(found[key][0])
 
     def counts_elsewhere(self, parameter: Tensor) -> bool:
         """Whether another rank counts this parameter in norms."""
@@ -188,7 +190,7 @@ class TiedParameters:
         """Sums the gradients over the holders; one that was put away takes the sum, it may be a view of the user's."""
         if not self._training:
             return
-        self._adopt_ends()
+        self._adopt_ends(transport)
         self._exchange(transport, list(range(len(self._ties))), self._peers, _GRADIENTS, _gradient, _take_sum)
         for number, before in self._before.items():
             parameter = self._ties[number].parameter()

@@ -25,7 +25,8 @@ from torchdistpackage.split.traced_stage import TracedStage
 __all__ = [
     "Pipe",
     "PipeInfo",
-    "ends_in_use",
+    "are_ends_expected",
+    "expect_ends",
     "note_end_run",
     "put_aside",
     "put_end_in_use",
@@ -36,6 +37,7 @@ __all__ = [
 
 _in_use: WeakKeyDictionary[nn.Module, tuple[int, int, int]] = WeakKeyDictionary()
 _ends: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_ends_expected: list[bool] = []
 _ends_run: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _number = count()
 
@@ -95,9 +97,14 @@ def put_end_in_use(stage: nn.Module, index: int) -> None:
     _ends[stage] = index
 
 
-def ends_in_use() -> dict[nn.Module, int]:
-    """Such stages -> their index."""
-    return dict(_ends)
+def expect_ends() -> None:
+    """Says that this process may run such stages."""
+    _ends_expected.append(True)
+
+
+def are_ends_expected() -> bool:
+    """Whether it may."""
+    return bool(_ends_expected)
 
 
 def note_end_run(stage: nn.Module) -> None:

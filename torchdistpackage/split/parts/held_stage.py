@@ -30,7 +30,7 @@ from torchdistpackage.split.names import record_ends, ties_in
 from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of
 from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors
 from torchdistpackage.split.parts.registry import GENERIC
-from torchdistpackage.split.pipe import note_end_run, put_aside, put_end_in_use
+from torchdistpackage.split.pipe import expect_ends, note_end_run, put_aside, put_end_in_use
 
 __all__ = ["CausalLMPart", "empty_stage"]
 
@@ -63,6 +63,8 @@ def empty_stage(config: Any, start: int, end: int, *, dtype: Any = None, trust_r
     vars(stage)[_WHOLE] = whole
     return stage
 
+
+expect_ends()
 
 _WHOLE = "_torchdistpackage_whole"  # in a stage without weights: the model on the meta device that it was cut from
 
