@@ -31,6 +31,9 @@ class WeightSource(Protocol):
     def tensors(self) -> Mapping[str, Any]:
         """Name -> what gives the tensor, or a slice of it, by `[...]`."""
 
+    def are_one(self, name: str, other: str) -> bool:
+        """Whether two names are known to be of one tensor."""
+
     def generation_config(self) -> Any:
         """Of transformers, or None."""
 
@@ -53,7 +56,9 @@ def fill_stage(part: Any, whole: Any, source: WeightSource, dtype: Any, trust_re
     """
     # Python does not call __init__ when __new__ returns an object of another class
     loader = type(type(part).__name__, (type(part),), {"__new__": lambda cls, *args, **kwargs: part})
-    own = {*part.state_dict(), *(name for tie in _ties_near(part, whole).items() for name in tie)}
+    near = _ties_near(part, whole)
+    own = {*part.state_dict(), *(name for tie in near.items() for name in tie)}
+    once = {target for target, kept in near.items() if source.are_one(target, kept)}
     with _with_tied_partners(part, whole), _with_all_filled_in(part), _without_report():
         for module in part.modules():  # a module that two parts share counts as done after the first
             vars(module).pop("_is_hf_initialized", None)
@@ -61,7 +66,7 @@ def fill_stage(part: Any, whole: Any, source: WeightSource, dtype: Any, trust_re
             _, info = loader.from_pretrained(  # type: ignore[attr-defined]
                 None,
                 config=whole.config,
-                state_dict=source.tensors(),
+                state_dict={name: tensor for name, tensor in source.tensors().items() if name not in once},
                 dtype=dtype,
                 generation_config=source.generation_config(),
                 trust_remote_code=trust_remote_code,
@@ -184,6 +189,11 @@ class GivenTensors:
     def tensors(self) -> dict[str, Any]:
         """Name -> what copies the tensor by `[...]`."""
         return {name: _Copied(self._state, name) for name in self._state}
+
+    def are_one(self, name: str, other: str) -> bool:
+        """Whether two names are of one tensor."""
+        one, two = self._state.get(name), self._state.get(other)
+        return one is not None and two is not None and one.data_ptr() == two.data_ptr() and one.shape == two.shape
 
     def generation_config(self) -> None:
         """None."""

@@ -64,6 +64,10 @@ class WeightFiles:
         """Name in the files -> what reads it by `[...]`."""
         return {name: LazyTensor(self, name) for name in self.file_of}
 
+    def are_one(self, name: str, other: str) -> bool:
+        """Whether two names are known to be of one tensor: files hold a tensor under one name."""
+        return False
+
     def generation_config(self) -> Any:
         """That of the directory, or None."""
         from transformers import GenerationConfig
