@@ -28,7 +28,15 @@ from torchdistpackage.split.parts.blocks import cache_for, positions, through_bl
 if TYPE_CHECKING:
     import os
 
-__all__ = ["BaseBottomModel", "BaseSplitModel", "BaseTopModel", "BaseTrunkModel", "num_layers_of"]
+__all__ = [
+    "BaseBottomModel",
+    "BaseSplitModel",
+    "BaseTopModel",
+    "BaseTrunkModel",
+    "need_layers",
+    "num_layers_of",
+    "settle_attention",
+]
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -46,6 +54,32 @@ def num_layers_of(config: Any) -> int:
         if isinstance(count := getattr(text, name, None), int):
             return count
     raise SplitError(f"{type(config).__name__} has no number of layers: set config.num_hidden_layers")
+
+
+def settle_attention(config: Any) -> None:
+    """Chooses an implementation of attention where the configuration leaves it open.
+
+    Models of transformers do that when they are made. Layers that are made alone take the one that needs a mask to be
+    causal, and see the future without.
+
+    Args:
+        config: For a family of the user's own; read from a file, so that nobody else has it.
+    """
+    if getattr(config, "_attn_implementation", "") is None:
+        config._attn_implementation = "sdpa"
+
+
+def need_layers(holder: str, start: int, end: int, total: int) -> None:
+    """Raises unless start .. end-1 are layers of a model that has `total`.
+
+    Raises:
+        SplitError: They are not, or there would be none.
+    """
+    if not 0 <= start < end <= total:
+        raise SplitError(
+            f"{holder} would hold the layers from {start} up to {end}; it needs at least one, and the model has "
+            f"{total}: 0..{total - 1}"
+        )
 
 
 class BaseSplitModel(nn.Module, ABC):
@@ -70,12 +104,7 @@ class BaseSplitModel(nn.Module, ABC):
 
     def __init__(self, config: Any, start_layer: int, end_layer: int) -> None:
         super().__init__()
-        total = num_layers_of(config)
-        if not 0 <= start_layer < end_layer <= total:
-            raise SplitError(
-                f"{type(self).__name__} would hold the layers {start_layer}..{end_layer - 1}; it needs at least one, "
-                f"and the model has {total}: 0..{total - 1}"
-            )
+        need_layers(type(self).__name__, start_layer, end_layer, num_layers_of(config))
         self.config = config
         self.start_layer = start_layer
         self.end_layer = end_layer
@@ -170,6 +199,7 @@ class BaseSplitModel(nn.Module, ABC):
 
         Raises:
             CheckpointError: Files are missing or broken, or hold a part of another class.
+            SplitError: There is no such device or type.
 
         Example:
             >>> bottom = GPT2BottomModel.load_split_model("parts/bottom.safetensors")  # doctest: +SKIP
@@ -254,7 +284,7 @@ class BaseBottomModel(BaseSplitModel):
             The hidden state, (rows, tokens, width); with use_cache a pair of it and the cache.
         """
         input_ids, attention_mask, position_ids = self._arrived((input_ids, attention_mask, position_ids))
-        cache = cache_for(past_key_values, use_cache)
+        cache = cache_for(past_key_values, use_cache, (self.start_layer, self.end_layer))
         position_ids = positions(input_ids.shape, input_ids.device, cache) if position_ids is None else position_ids
         hidden = self.apply_position_encoding(self.get_embeddings()(input_ids), position_ids)
         hidden = self._through_blocks(hidden, attention_mask, position_ids, cache, use_cache)
@@ -293,7 +323,7 @@ class BaseTrunkModel(BaseSplitModel):
             The hidden state, (rows, tokens, width); with use_cache a pair of it and the cache.
         """
         hidden, attention_mask, position_ids = self._arrived((hidden_states, attention_mask, position_ids))
-        cache = cache_for(past_key_values, use_cache)
+        cache = cache_for(past_key_values, use_cache, (self.start_layer, self.end_layer))
         position_ids = positions(hidden.shape, hidden.device, cache) if position_ids is None else position_ids
         hidden = self._through_blocks(hidden, attention_mask, position_ids, cache, use_cache)
         return (hidden, cache) if use_cache else hidden
@@ -349,7 +379,7 @@ class BaseTopModel(BaseSplitModel):
         hidden, attention_mask, labels, position_ids = self._arrived(
             (hidden_states, attention_mask, labels, position_ids)
         )
-        cache = cache_for(past_key_values, use_cache)
+        cache = cache_for(past_key_values, use_cache, (self.start_layer, self.end_layer))
         position_ids = positions(hidden.shape, hidden.device, cache) if position_ids is None else position_ids
         hidden = self._through_blocks(hidden, attention_mask, position_ids, cache, use_cache)
         norm = self.get_final_norm()

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.split.decoder.cache import is_cache
 
-__all__ = ["cache_for", "positions", "through_blocks"]
+__all__ = ["cache_for", "claim_cache", "positions", "through_blocks"]
 
+_OWNER = "_torchdistpackage_layers"  # in a cache: the layers of the part that writes to it
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
@@ -52,22 +54,62 @@ def _accepted(block: nn.Module, offered: Mapping[str, Any]) -> dict[str, Any]:
     return {name: offered[name] for name in named if name not in caches[1:]}
 
 
-def cache_for(past_key_values: Any, use_cache: bool | None) -> Any:
+def cache_for(past_key_values: Any, use_cache: bool | None, layers: tuple[int, int]) -> Any:
     """The cache that a part writes to: the given one, a new one if one is wanted, or None.
 
+    Args:
+        past_key_values: What was given.
+        use_cache: Whether one is wanted.
+        layers: Of the part: the first, and the one after the last.
+
     Raises:
-        PipelineError: What is given is no cache of transformers.
+        PipelineError: What is given is no cache of transformers, or that of another part.
     """
-    if past_key_values is not None and not hasattr(past_key_values, "get_seq_length"):
-        raise PipelineError(
-            f"past_key_values is a {type(past_key_values).__name__}; pass the cache that this part returned, or leave "
-            "it out and say use_cache=True to get a new one"
-        )
     if past_key_values is None and use_cache:
         from transformers import DynamicCache
 
-        return DynamicCache()
+        past_key_values = DynamicCache()
+    if past_key_values is not None:
+        claim_cache(past_key_values, layers)
     return past_key_values
+
+
+def claim_cache(cache: Any, layers: tuple[int, int]) -> None:
+    """Notes whose cache it is: lengths are counted in it, so that two parts cannot share one.
+
+    Args:
+        cache: What was given as `past_key_values`.
+        layers: Of the part that is going to write to it.
+
+    Raises:
+        PipelineError: It is no cache of transformers, or another part, or the whole model, has written to it.
+    """
+    if not is_cache(cache):
+        raise PipelineError(
+            f"past_key_values is a {type(cache).__name__}; pass the cache that this part returned, or leave it out and "
+            "say use_cache=True to get a new one"
+        )
+    owner = vars(cache).get(_OWNER)
+    if owner != layers and (owner is not None or _has_tokens(cache)):
+        whose = "the whole model or something else" if owner is None else f"the part with layers {_shown(owner)}"
+        raise PipelineError(
+            f"past_key_values was written by {whose}; the part with layers {_shown(layers)} needs a cache of its own: "
+            "pass the one that it returned, or leave it out and say use_cache=True to get a new one"
+        )
+    vars(cache)[_OWNER] = layers
+
+
+def _has_tokens(cache: Any) -> bool:
+    within = getattr(cache, "self_attention_cache", cache).layers
+    return any(getattr(layer, "is_initialized", False) and _length(layer) for layer in within)
+
+
+def _length(layer: Any) -> int:
+    return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0  # a recurrent layer has none
+
+
+def _shown(layers: tuple[int, int]) -> str:
+    return f"{layers[0]}..{layers[1] - 1}"
 
 
 def positions(shape: torch.Size, device: torch.device, cache: Any) -> Tensor:

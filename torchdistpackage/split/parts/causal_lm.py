@@ -89,7 +89,8 @@ class CausalLMBottomModel(CausalLMPart, BaseBottomModel):
 
     def get_embeddings(self) -> nn.Module:
         """The embedding of tokens."""
-        found: nn.Module = cast(Any, self.stage).get_input_embeddings()
+        with self._alone():
+            found: nn.Module = cast(Any, self.stage).get_input_embeddings()
         return found
 
     def apply_position_encoding(self, inputs_embeds: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -103,7 +104,7 @@ class CausalLMBottomModel(CausalLMPart, BaseBottomModel):
         name = next(name for name, module in self.stage.named_modules() if module is embed)
         ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         answer: Callable[..., Any] = lambda *args, **kwargs: inputs_embeds  # noqa: E731
-        with shown(self.stage, {name: Called(embed, answer)}):
+        with self._alone(), shown(self.stage, {name: Called(embed, answer)}):
             arguments = self._first_call(ids, position_ids=position_ids)
         hidden: Tensor = next(iter(arguments.values()))
         return hidden
@@ -207,17 +208,20 @@ class CausalLMTopModel(CausalLMPart, BaseTopModel):
         return cls(config, start_layer, stage=stage)
 
     def get_final_norm(self) -> nn.Module | None:
-        """The norm after the last layer; None where there is none."""
-        layout, head = self._record.layout, self.get_lm_head()
-        behind = [self.stage.get_submodule(name) for name in layout.row[layout.num_layers :]]
-        return next(
-            (module for module in behind if "norm" in type(module).__name__.lower() and module is not head), None
-        )
+        """The norm after the last layer; None where there is none, or it is in the head."""
+        return next((module for module in self._behind() if "norm" in type(module).__name__.lower()), None)
 
     def get_lm_head(self) -> nn.Module:
-        """Hidden state -> logits."""
-        found: nn.Module = cast(Any, self.stage).get_output_embeddings()
-        return found
+        """Hidden state -> logits; what a few families do between norm and head (`project_out`, a cap) is not in it."""
+        with self._alone():
+            found: nn.Module = cast(Any, self.stage).get_output_embeddings()
+        return next((module for module in self._behind() if found in module.modules()), found)
+
+    def _behind(self) -> list[nn.Module]:
+        """What runs after the last layer."""
+        layout = self._record.layout
+        with self._alone():
+            return [self.stage.get_submodule(name) for name in layout.row[layout.num_layers :]]
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split.parts.metadata import COMPONENTS
 
-__all__ = ["free_memory", "parse_device_map", "place_parts"]
+__all__ = ["free_memory", "known_device", "parse_device_map", "place_parts"]
 
 
 def place_parts(sizes: Mapping[str, int], free: Mapping[str, int], *, spare: float = 0.1) -> dict[str, str]:
@@ -37,7 +37,8 @@ def place_parts(sizes: Mapping[str, int], free: Mapping[str, int], *, spare: flo
             load[device] += sizes[name]
         if any(load[device] > limits[device] * (1 - spare) for device in load):
             continue
-        fullest = max((load[device] / limits[device] for device in load if device != "cpu"), default=0.0)
+        shares = [load[device] / limits[device] for device in load if device != "cpu" and load[device]]
+        fullest = max(shares, default=0.0)
         rank = (load.get("cpu", 0), round(fullest, 6), len(load), [list(limits).index(device) for device in devices])
         if best is None or rank < best[0]:
             best = rank, devices
@@ -70,27 +71,37 @@ def parse_device_map(device_map: Any, device: Any, sizes: Any) -> dict[str, Any]
         {'bottom': device(type='cpu'), 'trunk': device(type='meta'), 'top': device(type='cpu')}
     """
     if device_map is None:
-        return dict.fromkeys(COMPONENTS, _device(device, "device"))
+        return dict.fromkeys(COMPONENTS, known_device(device, "device"))
     if isinstance(device_map, str) and device_map == "auto":
-        return {part: _device(found, "device_map") for part, found in place_parts(sizes(), free_memory()).items()}
+        return {part: known_device(found, "device_map") for part, found in place_parts(sizes(), free_memory()).items()}
     if not isinstance(device_map, Mapping):
         raise SplitError(
             f"device_map must be None, 'auto' or a dict {{'bottom': ..., 'trunk': ..., 'top': ...}}, got {device_map!r}"
         )
     if set(device_map) != set(COMPONENTS):
         raise SplitError(f"device_map must have the keys {list(COMPONENTS)}, got {list(device_map)}")
-    return {part: _device(device_map[part], f"device_map[{part!r}]") for part in COMPONENTS}
+    return {part: known_device(device_map[part], f"device_map[{part!r}]") for part in COMPONENTS}
 
 
-def _device(value: Any, what: str) -> Any:
+def known_device(value: Any, what: str = "device") -> Any:
+    """The device that an argument means.
+
+    Raises:
+        SplitError: There is no such device here.
+    """
     import torch
 
     try:
         device = torch.device(value)
-        index = device.index
-        known = device.type != "cuda" or (torch.cuda.is_available() and (index or 0) < torch.cuda.device_count())
     except (RuntimeError, TypeError) as error:
-        raise SplitError(f"{what} is {value!r}, which is no device of torch: {error}") from error
-    if not known:
-        raise SplitError(f"{what} is {value!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+        reason = str(error).splitlines()[0]
+        raise SplitError(f"{what} is {value!r}, which is no device of torch: {reason}") from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise SplitError(f"{what} is {value!r}; this machine has {count} CUDA devices")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each backend has its own way to say that it is not there
+        reason = str(error).splitlines()[0]
+        raise SplitError(f"{what} is {value!r}, which this machine does not have: {reason}") from error
     return device

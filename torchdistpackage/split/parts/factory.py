@@ -26,8 +26,8 @@ from torch import Tensor
 from torchdistpackage.errors import CheckpointError, SplitError
 from torchdistpackage.split.decoder.pretrained import read_config, without_weights
 from torchdistpackage.split.decoder.weight_files import WeightFiles, has_pickled_weights, need_transformers
-from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of
-from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors
+from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of, settle_attention
+from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors, PickledTensors, float_type
 from torchdistpackage.split.parts.devices import parse_device_map
 from torchdistpackage.split.parts.files import layers_of
 from torchdistpackage.split.parts.held_stage import CausalLMPart, empty_stage
@@ -109,13 +109,14 @@ class ModelFactory:
         points = _points(split_point_1, split_point_2, num_layers_of(config))
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
-        dtype = torch_dtype if dtype is None else dtype
+        dtype = float_type(torch_dtype if dtype is None else dtype)
         options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
 
         def sizes() -> dict[str, int]:
             return _sizes(config, points, dtype, trust_remote_code)
 
         devices = parse_device_map(device_map, device, sizes)
+        name = Path(os.path.abspath(source) if os.path.isdir(source) else source).name
         made: dict[str, Any] = {}
         with _state(source, config, low_memory, options) as state:
             for component in _progress(wanted, verbose):
@@ -124,8 +125,8 @@ class ModelFactory:
                 part = _make(of, state, config, layers, dtype, options)
                 made[component] = part.to(devices[component]).eval()
                 if auto_save:
-                    name = f"{Path(source).name}_{points[0]}-{points[1]}_{component}"
-                    part.save_split_model(Path(os.fspath(storage_path), component, name))  # type: ignore[arg-type]
+                    file = f"{name}_{points[0]}-{points[1]}_{component}"
+                    part.save_split_model(Path(os.fspath(storage_path), component, file))  # type: ignore[arg-type]
         return made.get("bottom"), made.get("trunk"), made.get("top")
 
     @staticmethod
@@ -135,9 +136,10 @@ class ModelFactory:
 
 
 def _wanted(parts: Iterable[str] | None) -> list[str]:
-    wanted = set(COMPONENTS) if parts is None else {parts} if isinstance(parts, str) else set(parts)
+    several = isinstance(parts, Iterable) and not isinstance(parts, str)
+    wanted = set(COMPONENTS) if parts is None else {*parts} if several else {parts}
     if not wanted or wanted - set(COMPONENTS):
-        raise SplitError(f"parts must be some of {list(COMPONENTS)}, got {sorted(wanted)}")
+        raise SplitError(f"parts must be some of {list(COMPONENTS)}, got {parts!r}")
     return [part for part in COMPONENTS if part in wanted]
 
 
@@ -170,7 +172,13 @@ def _config(source: str, model_type: str, trust_remote_code: bool) -> Any:
             raise
         from transformers import PretrainedConfig
 
-        return PretrainedConfig.from_pretrained(source)
+        try:
+            fields, _ = PretrainedConfig.get_config_dict(source)
+            found = PretrainedConfig.from_dict(fields)
+        except Exception as error:  # no JSON, or no fields
+            raise CheckpointError(f"config.json of {source} cannot be used: {' '.join(str(error).split())}") from error
+        vars(found)["model_type"] = fields.get("model_type", model_type)
+        return found
     if _is_generic(model_type) and not _same_kind(model_type, config):
         raise SplitError(
             f"{source} holds a model of type {config.model_type!r}, not {model_type!r}: pass "
@@ -199,6 +207,7 @@ def _make(of: type[BaseSplitModel], state: Any, config: Any, layers: dict[str, i
         options = {**options, **({} if dtype is None else {"dtype": dtype})}
     else:
         options = {}
+        settle_attention(config)
     part = of.from_pretrained_split(state, config, **layers, **options)
     if not isinstance(part, BaseSplitModel):
         raise SplitError(
@@ -206,25 +215,22 @@ def _make(of: type[BaseSplitModel], state: Any, config: Any, layers: dict[str, i
             "weights loaded"
         )
     if dtype is not None and not issubclass(of, CausalLMPart):
-        part = part.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        part = part.to(dtype)
     return part
 
 
 @contextmanager
 def _state(source: str, config: Any, low_memory: bool, options: Any) -> Iterator[Mapping[str, Tensor]]:
     """The weights of the whole model, by name."""
-    if has_pickled_weights(source) and not low_memory:
-        from transformers import AutoModelForCausalLM
-
-        auto: Any = AutoModelForCausalLM
-        yield auto.from_pretrained(source, dtype="auto", **options).state_dict()
-        return
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{source} holds quantized weights, which parts cannot be made of; split the originals")
     try:
         whole = without_weights(config, **options)
     except (ValueError, KeyError):  # a kind that transformers does not know
         whole = None
+    if has_pickled_weights(source) and not low_memory:
+        yield PickledTensors(source, whole)
+        return
     with WeightFiles(source, getattr(config, "transformers_weights", None)) as files:
         yield CheckpointTensors(files, whole)
 
@@ -232,7 +238,6 @@ def _state(source: str, config: Any, low_memory: bool, options: Any) -> Iterator
 def _sizes(config: Any, points: tuple[int, int], dtype: Any, trust_remote_code: bool) -> dict[str, int]:
     """Bytes of each part; layers, where transformers does not know the model."""
     ranges = {"bottom": (0, points[0]), "trunk": points, "top": (points[1], num_layers_of(config))}
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     found: dict[str, int] = {}
     for component, (start, end) in ranges.items():
         try:

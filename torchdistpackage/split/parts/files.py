@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.decoder.weight_files import WeightFiles, need_transformers
-from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of
-from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors
+from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of, settle_attention
+from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors, float_type
+from torchdistpackage.split.parts.devices import known_device
 from torchdistpackage.split.parts.held_stage import CausalLMPart
 from torchdistpackage.split.parts.metadata import PartMetadata, metadata, metadata_path, weights_path
 from torchdistpackage.split.parts.registry import GENERIC, ModelRegistry
@@ -49,6 +51,7 @@ def load_split_model(
     Raises:
         CheckpointError: Files are missing or broken; the message names them.
         KeyError: The family is not registered here.
+        SplitError: There is no such device or type.
 
     Example:
         >>> top = load_split_model("parts/top.safetensors", device="cuda")  # doctest: +SKIP
@@ -70,6 +73,7 @@ def layers_of(component: str, start: int, end: int) -> dict[str, int]:
 def save_part(part: BaseSplitModel, save_path: str | os.PathLike[str], *, save_metadata: bool = True) -> Path:
     """See `BaseSplitModel.save_split_model`."""
     need_transformers()
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = _weights(save_path, part.component)
@@ -85,8 +89,9 @@ def save_part(part: BaseSplitModel, save_path: str | os.PathLike[str], *, save_m
         os.replace(unfinished, path)
         if about is not None:
             about.write(beside)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     return path
 
@@ -109,6 +114,7 @@ def load_part(
         verify: Whether to compare checksums first.
     """
     need_transformers()
+    device, dtype = known_device(device), float_type(dtype)
     weights = _weights(path, getattr(of, "component", "") or _only_component(path))
     if not weights.is_file():
         raise CheckpointError(f"{weights} is not there; give the path that save_split_model returned")
@@ -118,14 +124,15 @@ def load_part(
         from torchdistpackage.split.parts.checkpoint_split import verify_part
 
         verify_part(weights)
-    config = _config(about, made)
     layers = layers_of(about.component, about.start_layer, about.end_layer)
-    with WeightFiles(str(weights.parent), weights.name) as files:
-        state = CheckpointTensors(files, of_whole=about.names == "checkpoint")
-        part: Any = made._from_saved(state, config, about.names != "checkpoint", **layers)
-    if dtype is not None:
-        part = part.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return part.to(device).eval()
+    try:
+        config = _config(about, made)
+        with WeightFiles(str(weights.parent), weights.name) as files:
+            state = CheckpointTensors(files, of_whole=about.names == "checkpoint")
+            part: Any = made._from_saved(state, config, about.names != "checkpoint", **layers)
+    except (ValueError, CheckpointError) as error:  # the two files do not belong together, or to this class
+        raise CheckpointError(f"{weights} cannot be loaded as {made.__name__}: {error}") from error
+    return part.to(device=device, dtype=dtype).eval()
 
 
 def _own(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
@@ -180,17 +187,25 @@ def _config(about: PartMetadata, of: type[BaseSplitModel]) -> Any:
     from transformers import AutoConfig, PretrainedConfig
 
     fields = dict(about.config)
-    kind = fields.pop("model_type", None)
+    kind = fields.pop("model_type", None) or about.model_type
     try:
-        return AutoConfig.for_model(kind, **fields)
-    except ValueError:
+        config: Any = AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # one for a kind that is not of transformers, others for values that cannot be
+        if not str(error).startswith("Unrecognized model identifier"):
+            raise CheckpointError(f"the configuration in the metadata cannot be used: {error}") from error
         if issubclass(of, CausalLMPart):
             raise CheckpointError(
                 f"the model is of type {kind!r}, which transformers does not know here; import the code that registers "
                 "it with AutoConfig and AutoModelForCausalLM first"
             ) from None
-    config = PretrainedConfig(**fields)
-    vars(config)["model_type"] = kind
+        config = PretrainedConfig(**fields)
+        vars(config)["model_type"] = kind
+    if not issubclass(of, CausalLMPart):
+        settle_attention(config)
+    if num_layers_of(config) != about.total_layers:
+        raise CheckpointError(
+            f"the metadata says {about.total_layers} layers, and the configuration in it {num_layers_of(config)}"
+        )
     return config
 
 
@@ -208,7 +223,7 @@ def _class(about: PartMetadata, of: type[BaseSplitModel] | None, weights: Path) 
 def _weights(path: str | os.PathLike[str], component: str) -> Path:
     """The file that a path means: a directory stands for the component's file in it."""
     found = Path(path)
-    if found.is_dir() and component:
+    if component and (found.is_dir() or os.fspath(path).endswith("/")):
         return weights_path(found, component)
     stem = found.name.removesuffix(".safetensors").removesuffix(".pt")  # SplitLearn writes .pt
     return found.with_name(f"{stem}.safetensors")

@@ -11,26 +11,32 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from torchdistpackage.errors import PipelineError, SplitError
+from torchdistpackage.errors import CheckpointError, PipelineError, SplitError
 from torchdistpackage.split.causal_lm import new_cache, split_causal_lm
-from torchdistpackage.split.decoder.cache import is_cache
 from torchdistpackage.split.decoder.filling import GivenTensors, WeightSource, fill_stage
 from torchdistpackage.split.decoder.materialize import materialize_stages
 from torchdistpackage.split.decoder.part import HELD
 from torchdistpackage.split.decoder.pretrained import without_weights
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, run_stage
+from torchdistpackage.split.decoder.weight_files import listed
 from torchdistpackage.split.names import record_ends, ties_in
-from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of
-from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors
+from torchdistpackage.split.parts.base import BaseSplitModel, need_layers, num_layers_of
+from torchdistpackage.split.parts.blocks import claim_cache
+from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors, PickledTensors, float_type
 from torchdistpackage.split.parts.registry import GENERIC
 from torchdistpackage.split.pipe import expect_ends, note_end_run, put_aside, put_end_in_use
+
+if TYPE_CHECKING:
+    from threading import RLock
 
 __all__ = ["CausalLMPart", "empty_stage"]
 
@@ -66,6 +72,8 @@ def empty_stage(config: Any, start: int, end: int, *, dtype: Any = None, trust_r
 
 expect_ends()
 
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # not in the part, which can be copied
+_locks_made = threading.Lock()
 _WHOLE = "_torchdistpackage_whole"  # in a stage without weights: the model on the meta device that it was cut from
 
 
@@ -101,7 +109,8 @@ class CausalLMPart(BaseSplitModel):
 
     def get_transformer_blocks(self) -> nn.ModuleList:
         """Its layers in order."""
-        layers = self.stage.get_submodule(self._record.layout.skeleton.layers)
+        with self._alone():
+            layers = self.stage.get_submodule(self._record.layout.skeleton.layers)
         return nn.ModuleList(layers.values())  # type: ignore[operator]
 
     def get_layer_name_pattern(self) -> str:
@@ -149,40 +158,43 @@ class CausalLMPart(BaseSplitModel):
     ) -> nn.Module:
         """A stage with the weights of a state dict, in evaluation mode."""
         cls._check_kind(config)
-        source: WeightSource = state.files if isinstance(state, CheckpointTensors) else GivenTensors(state)
-        types = dtype if dtype is not None else _float_type(state, config)
-        types = getattr(torch, types) if isinstance(types, str) else types
+        need_layers(cls.__name__, start, end, num_layers_of(config))
+        types = float_type(dtype) or _float_type(state, config)
         stage = empty_stage(config, start, end, dtype=types, trust_remote_code=trust_remote_code)
         with _without_progress_bar():
-            fill_stage(stage, vars(stage).pop(_WHOLE), source, types, trust_remote_code)
-        if dtype is None and not (isinstance(state, CheckpointTensors) and state.of_whole):
+            fill_stage(stage, vars(stage).pop(_WHOLE), _source(state), types, trust_remote_code)
+        if float_type(dtype) is None and not _of_whole(state):
             _keep_types(stage, state)
         return stage
 
     @classmethod
     def _from_saved(cls, state: Mapping[str, Tensor], config: Any, own_names: bool, **layers: int) -> Any:
-        return cls.from_pretrained_split(state, config, **layers)
+        part = cls.from_pretrained_split(state, config, **layers)
+        if own_names and (foreign := state.keys() - part.state_dict().keys()):
+            raise CheckpointError(f"the file holds {listed(foreign)}, which such a part does not have")
+        return part
 
     def _run(self, x: Any, past_key_values: Any, use_cache: bool | None, arguments: dict[str, Any]) -> Any:
         """(What the stage gives, the cache)."""
         x, arguments = self._arrived((x, {name: value for name, value in arguments.items() if value is not None}))
-        if past_key_values is not None and not is_cache(past_key_values):
-            raise PipelineError(
-                f"past_key_values is a {type(past_key_values).__name__}; pass the cache that this part returned, or "
-                "leave it out and say use_cache=True to get a new one"
-            )
         if past_key_values is None and use_cache:
             past_key_values = new_cache(self.stage)
         if past_key_values is not None:
+            claim_cache(past_key_values, (self.start_layer, self.end_layer))
             arguments["past_key_values"] = past_key_values
             if use_cache is not False and "use_cache" in self._record.layout.switches:
                 arguments["use_cache"] = True
         note_end_run(self.stage)
-        return run_stage(self.stage, x, arguments), past_key_values
+        with self._alone():
+            return run_stage(self.stage, x, arguments), past_key_values
+
+    def _alone(self) -> RLock:
+        """Held while the stage runs: stand-ins are in its modules then, and a server may have several threads."""
+        with _locks_made:
+            return _locks.setdefault(self.stage, threading.RLock())
 
     def _first_call(self, x: Any, **arguments: Any) -> dict[str, Any]:
         """The arguments, by name, with which the model calls the first layer of this part; the layer does not run."""
-        block = self.get_transformer_blocks()[0]
         seen: list[dict[str, Any]] = []
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -190,13 +202,14 @@ class CausalLMPart(BaseSplitModel):
             seen.append({**bound, **bound.get("kwargs", {})})
             raise _Seen
 
-        handle = block.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            self._run(x, None, None, arguments)
-        except _Seen:
-            return seen[0]
-        finally:
-            handle.remove()
+        with self._alone():
+            handle = self.get_transformer_blocks()[0].register_forward_pre_hook(note, with_kwargs=True)
+            try:
+                self._run(x, None, None, arguments)
+            except _Seen:
+                return seen[0]
+            finally:
+                handle.remove()
         raise PipelineError(f"{type(self.stage).__name__} does not call its layer {self.start_layer}")
 
 
@@ -219,11 +232,23 @@ class _Seen(Exception):
     """What was to be seen was seen."""
 
 
-def _float_type(state: Mapping[str, Tensor], config: Any) -> Any:
-    """The type of the weights: of a checkpoint what `from_pretrained` takes, else what they have."""
+def _source(state: Mapping[str, Tensor]) -> WeightSource:
     if isinstance(state, CheckpointTensors):
-        said = getattr(config, "dtype", None) if state.of_whole else None
-        return said or state.files.float_dtype()
+        return state.files
+    return GivenTensors(state, state.name) if isinstance(state, PickledTensors) else GivenTensors(state)
+
+
+def _of_whole(state: Mapping[str, Tensor]) -> bool:
+    """Whether it is a checkpoint of a whole model, whose configuration says of what type the weights are to be."""
+    return isinstance(state, PickledTensors) or (isinstance(state, CheckpointTensors) and state.of_whole)
+
+
+def _float_type(state: Mapping[str, Tensor], config: Any) -> torch.dtype:
+    """The type of the weights: of a checkpoint what `from_pretrained` takes, else what they have."""
+    if _of_whole(state) and (said := float_type(getattr(config, "dtype", None))):
+        return said
+    if isinstance(state, CheckpointTensors):
+        return state.files.float_dtype()
     return next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
 
 
