@@ -9,8 +9,6 @@ on the spot by rank 0, in a directory that the others read, so all three have to
 --parts DIR each reads its own disk.
 """
 
-import hashlib
-import itertools
 import json
 import tempfile
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from torchdistpackage import setup_distributed, tpc
+from torchdistpackage import check_parts, setup_distributed, tpc
 from torchdistpackage.errors import SplitError, TorchDistError
 from torchdistpackage.split.parts import ModelFactory, load_split_model
 from torchdistpackage.topology.exchange import broadcast_json, gather_json
@@ -120,38 +118,18 @@ def own_part(party, directory, at, parts=None):
             options = {"device": party.device, "parts": [party.component], "dtype": torch.float32}
             made = ModelFactory.create_split_models("auto", directory, *at, **options)
             part = made[COMPONENTS.index(party.component)]
-        if party.component == "bottom":
-            need_no_ids(part)
+        if part.sends_token_ids:
+            raise SplitError("layers of this model look at token ids, so that the Trunk would be sent all of them")
         return part
 
     part = together(load)
-    need_one_model(part)
+    try:
+        check_parts(part)
+    except SplitError as error:
+        raise SystemExit(str(error)) from None
     size = f"{part.num_parameters():,} parameters, {part.memory_footprint_mb():.2f} MB"
     print(f"{party.component:6} has layers {part.start_layer}..{part.end_layer - 1}, {size}", flush=True)
     return part
-
-
-def need_one_model(part):
-    """Ends the run, on every rank, unless the parts are of one model and each begins where the one before ends."""
-    config = part.config.to_dict()
-    same = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
-    everyone = everyones([part.component, part.start_layer, part.end_layer, digest])
-    held = ", ".join(f"{component} {start}..{end - 1}" for component, start, end, _ in everyone)
-    if [component for component, *_ in everyone] != [*COMPONENTS]:
-        raise SystemExit(f"these files are not bottom, trunk and top, in this order, but {held}")
-    if any(one[2] != other[1] for one, other in itertools.pairwise(everyone)):
-        raise SystemExit(f"the parts are of different cuts, their layers do not join: {held}; cut one model once")
-    if len({digest for *_, digest in everyone}) > 1:
-        raise SystemExit(f"the parts are of different models: their configurations differ; layers {held}")
-
-
-def need_no_ids(bottom):
-    """Raises for a family whose layers look at token ids: these would travel with the hidden state."""
-    with torch.no_grad():
-        message = bottom(torch.ones(1, 2, dtype=torch.long))
-    if isinstance(message, dict) and "input_ids" in message:
-        raise SplitError("the layers of this model look at token ids, so that the Trunk would be sent all of them")
 
 
 def two_numbers(text):

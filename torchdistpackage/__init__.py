@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchdistpackage.parallel import (
         DDP,
         PipelineGradScaler,
+        check_parts,
         clip_grad_norm_,
         draw_last_step,
         flat_and_partition,
@@ -90,8 +91,8 @@ _HOME = {
         "TransportError"
     ),
     "torchdistpackage.parallel": (
-        "DDP PipelineGradScaler clip_grad_norm_ draw_last_step flat_and_partition flatten_model flatten_sequence "
-        "forward_backward forward_eval generate last_plan last_timeline load_causal_lm local_stages "
+        "DDP PipelineGradScaler check_parts clip_grad_norm_ draw_last_step flat_and_partition flatten_model "
+        "flatten_sequence forward_backward forward_eval generate last_plan last_timeline load_causal_lm local_stages "
         "partition_balanced partition_causal_lm partition_chunks partition_uniform profile_stage_costs save_causal_lm "
         "split_model tie_parameters"
     ),
@@ -136,6 +137,7 @@ __all__ = [
     "TorchDistError",
     "TransportError",
     "calculate_virtual_stages",
+    "check_parts",
     "clip_grad_norm_",
     "create_automatic_splitter",
     "create_manual_causal_lm_splitter",

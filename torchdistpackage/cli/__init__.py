@@ -3,12 +3,14 @@
 torchdistpackage schedule list
 torchdistpackage schedule show 1f1b -p 4 -m 8
 torchdistpackage split torchvision:resnet50 -p 4 -i 4x3x224x224
+torchdistpackage split ./Llama-3.1-8B --at 2,30 --out ./parts
 torchdistpackage comm-check --nproc 2
 
 commands.py    the root
 schedules.py   schedule list, show, verify          planning.py    schedule simulate, trace, plan
-splitting.py   split                                inputs.py      plans and costs, from options and files
-comm_check.py  comm-check                           output.py      tables, pictures, and errors in one line
+splitting.py   split, by tracing                    parts.py       split, of a directory of weights
+comm_check.py  comm-check                           inputs.py      plans and costs, from options and files
+                                                    output.py      tables, pictures, and errors in one line
 """
 
 from __future__ import annotations

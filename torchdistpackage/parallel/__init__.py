@@ -4,6 +4,7 @@ from torchdistpackage.parallel.causal_lm import generate, partition_causal_lm
 from torchdistpackage.parallel.clip_grad_parallel import clip_grad_norm_
 from torchdistpackage.parallel.data_parallel import DDP
 from torchdistpackage.parallel.grad_scaler import PipelineGradScaler
+from torchdistpackage.parallel.parts import check_parts
 from torchdistpackage.parallel.pipeline_helper import (
     CallableModule,
     flat_and_partition,
@@ -24,6 +25,7 @@ __all__ = [
     "DDP",
     "CallableModule",
     "PipelineGradScaler",
+    "check_parts",
     "clip_grad_norm_",
     "draw_last_step",
     "flat_and_partition",

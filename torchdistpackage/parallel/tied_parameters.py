@@ -73,8 +73,10 @@ class TiedParameters:
 
     def add(self, name: str, ranks: Sequence[int], parameter: nn.Parameter, *, by_hand: bool = False) -> None:
         """Registers a parameter; every holder does so, in one order. A second time changes nothing."""
-        if any(tie.parameter() is parameter for tie in self._ties):
-            return
+        if not any(tie.parameter() is parameter for tie in self._ties):
+            self._append(name, ranks, parameter, by_hand=by_hand)
+
+    def _append(self, name: str, ranks: Sequence[int], parameter: nn.Parameter, *, by_hand: bool = False) -> None:
         self._ties.append(_Tie(name, tuple(sorted(ranks)), weakref.ref(parameter), by_hand))
         self._peers |= set(ranks) - {self._rank}
         self._holders[parameter] = tuple(sorted(ranks))
@@ -104,15 +106,15 @@ class TiedParameters:
             if not here or self._adopted.get(stage.module) == owners:
                 continue
             self._adopted[stage.module] = owners
-            self._adopt_stage(stage.module)
+            found = {id(tie.parameter): tie for tie in ties_in(stage.module).values()}
+            for tie in sorted(found.values(), key=lambda tie: tie.name):
+                self._adopt_tie(tie)
 
-    def _adopt_stage(self, stage: nn.Module) -> None:
-        found = {id(tie.parameter): tie for tie in ties_in(stage).values()}
-        placed = {key: tuple(sorted({self._owners[at] for at in tie.stages})) for key, tie in found.items()}
-        self.cut_again(placed)
-        for key, tie in sorted(found.items(), key=lambda item: item[1].name):
-            if len(placed[key]) > 1:
-                self.add(tie.name, placed[key], tie.parameter)
+    def _adopt_tie(self, tie: TiedParameter) -> None:
+        ranks = tuple(sorted({self._owners[at] for at in tie.stages}))
+        self.cut_again({id(tie.parameter): ranks})
+        if len(ranks) > 1:
+            self.add(tie.name, ranks, tie.parameter)
 
     def _other_end(self) -> int | None:
         """The rank at the other end of the pipeline, for the ranks that have its ends."""
@@ -141,27 +143,58 @@ class TiedParameters:
         the other end is something else, is not.
 
         Raises:
-            SplitError: They are on one rank, with a copy each, or parts came where none were expected.
+            SplitError: They are on one rank, with a copy each; the copies differ; one of them is frozen; or parts came
+                where none were expected.
         """
-        found: dict[str, tuple[nn.Module, Tensor]] = {}
-        for stage, index in take_ends_run():
-            for tie in ties_in(stage).values() if self._owners[index] == self._rank else ():
-                if found.setdefault(_key(tie), (stage, tie.parameter))[1] is not tie.parameter:
-                    raise SplitError(
-                        f"Bottom and Top are on one rank and have a copy each of {tie.name}, which the model ties: "
-                        "call torchdistpackage.split.parts.share_tied_weights(bottom, top), and then make the optimizer"
-                    )
+        mine = self._ends_run()
         peer = self._other_end()
         if peer is None:
             return
-        if found and not self._may_have_parts[peer]:
+        if mine and not self._may_have_parts[peer]:
             raise SplitError(
                 "Bottom or Top run in a pipeline whose first step came before torchdistpackage.split.parts was "
                 "imported: import it at the top of the program, on the ranks of both ends"
             )
-        theirs = self._tell(transport, peer, sorted(found)) if self._may_have_parts[peer] else []
-        for key in sorted({*found} & {*theirs}):
-            self._adopt_stage(found[key][0])
+        if not self._may_have_parts[peer]:
+            return
+        known = {id(tie.parameter()) for tie in self._ties}
+        states = {key: _state(end.parameter, id(end.parameter) in known) for key, end in mine.items()}
+        theirs = dict(told.split("|") for told in self._tell(transport, peer, [f"{k}|{v}" for k, v in states.items()]))
+        common = sorted({*states} & {*theirs})
+        for key in common:
+            if (states[key] == "frozen") != (theirs[key] == "frozen"):
+                raise SplitError(
+                    f"{mine[key].name} is one parameter in the whole model, and frozen at one end of the pipeline "
+                    "only: freeze both ends, or none (torchdistpackage.split.ties_in(part) finds it)"
+                )
+        fresh = [key for key in common if "new" in (states[key], theirs[key])]
+        if fresh:
+            self._need_equal(transport, peer, {key: mine[key] for key in fresh})
+        for key in fresh:  # at both ends, also where one has known its copy for long, and the other has a new part
+            self._append(mine[key].name, (self._rank, peer), mine[key].parameter)
+
+    def _ends_run(self) -> dict[str, TiedParameter]:
+        """What the parts of this rank that ran in this step may share with the other end, by what both call it."""
+        found: dict[str, TiedParameter] = {}
+        for stage, index in take_ends_run():
+            for tie in ties_in(stage).values() if self._owners[index] == self._rank else ():
+                if found.setdefault(_key(tie), tie).parameter is not tie.parameter:
+                    raise SplitError(
+                        f"Bottom and Top are on one rank and have a copy each of {tie.name}, which the model ties: "
+                        "call torchdistpackage.split.parts.share_tied_weights(bottom, top), and then make the optimizer"
+                    )
+        return found
+
+    def _need_equal(self, transport: Transport, peer: int, ties: Mapping[str, TiedParameter]) -> None:
+        """Both ends were loaded with one value, and have had no sum of gradients yet."""
+        sums = [f"{tie.name}|{_local(tie.parameter.detach()).double().sum().item()!r}" for tie in ties.values()]
+        for ours, theirs in zip(sums, self._tell(transport, peer, sums), strict=True):
+            if ours != theirs:
+                name, value = ours.split("|")
+                raise SplitError(
+                    f"{name} is one parameter in the whole model, but the copies at the two ends of the pipeline "
+                    f"differ (their sums are {value} and {theirs.split('|')[1]}): load all parts from one model"
+                )
 
     def counts_elsewhere(self, parameter: Tensor) -> bool:
         """Whether another rank counts this parameter in norms."""
@@ -238,6 +271,11 @@ class TiedParameters:
 def _key(tie: TiedParameter) -> str:
     """What both ends of a tie call it."""
     return f"{' '.join(tie.names)} {tuple(tie.parameter.shape)} {tie.parameter.dtype}"
+
+
+def _state(parameter: Tensor, known: bool) -> str:
+    """What one end tells the other about its copy."""
+    return "frozen" if not parameter.requires_grad else "known" if known else "new"
 
 
 def _value(tie: _Tie) -> Tensor | None:

@@ -55,7 +55,8 @@ def fill_stage(part: Any, whole: Any, source: WeightSource, dtype: Any, trust_re
         CheckpointError: Tensors are missing, of another shape, or cannot be read.
     """
     # Python does not call __init__ when __new__ returns an object of another class
-    loader = type(type(part).__name__, (type(part),), {"__new__": lambda cls, *args, **kwargs: part})
+    held = [part]  # emptied at the end: a class is freed late, and the weights of a part are not to wait for that
+    loader = type(type(part).__name__, (type(part),), {"__new__": lambda cls, *args, **kwargs: held[0]})
     near = _ties_near(part, whole)
     own = {*part.state_dict(), *(name for tie in near.items() for name in tie)}
     once = {target for target, kept in near.items() if source.are_one(target, kept)}
@@ -76,6 +77,8 @@ def fill_stage(part: Any, whole: Any, source: WeightSource, dtype: Any, trust_re
         except Exception as error:
             source.check()
             raise CheckpointError(f"{source.name} cannot be loaded as {type(part).__name__}: {error}") from error
+        finally:
+            held.clear()
         source.check()
         _check(part, whole, info, source.name, own)
 

@@ -128,7 +128,7 @@ def read_config(source: str, trust_remote_code: bool = False) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # values that cannot be have an error of their own in transformers
         reason = " ".join(str(error).split())  # it is a paragraph
         raise CheckpointError(f"config.json of {source} cannot be used: {reason}") from error
 

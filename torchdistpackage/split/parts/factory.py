@@ -13,6 +13,7 @@ asked for. Only weights that cannot be read in parts (pickled ones) make the who
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ class ModelFactory:
         auto_save: bool = False,
         parts: Iterable[str] | None = None,
         *,
+        config: Any = None,
         attn_implementation: str | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -78,6 +80,7 @@ class ModelFactory:
             auto_save: Save each part as soon as it is there, to
                 `storage_path/bottom/NAME_2-10_bottom.safetensors` and so on; see `load_split_model`.
             parts: Those that are wanted, such as ["trunk"]; the others are None, and nothing of them is read.
+            config: Instead of the one in the directory, as with dropout changed; it is not written to.
             attn_implementation: As for `from_pretrained`.
             dtype: Of the weights, instead of the checkpoint's.
             torch_dtype: An older name of dtype.
@@ -103,7 +106,8 @@ class ModelFactory:
         if auto_save and storage_path is None:
             raise SplitError("auto_save needs to know where to: pass storage_path='parts'")
         source = os.fspath(model_name_or_path)
-        config = _config(source, model_type, trust_remote_code)
+        config = copy.deepcopy(config) if config is not None else _config(source, model_type, trust_remote_code)
+        _need_same_kind(model_type, config, source)
         kind = config.model_type if model_type == "auto" else model_type
         ModelRegistry.need_complete(kind)
         points = _points(split_point_1, split_point_2, num_layers_of(config))
@@ -179,12 +183,15 @@ def _config(source: str, model_type: str, trust_remote_code: bool) -> Any:
             raise CheckpointError(f"config.json of {source} cannot be used: {' '.join(str(error).split())}") from error
         vars(found)["model_type"] = fields.get("model_type", model_type)
         return found
+    return config
+
+
+def _need_same_kind(model_type: str, config: Any, source: str) -> None:
     if _is_generic(model_type) and not _same_kind(model_type, config):
         raise SplitError(
             f"{source} holds a model of type {config.model_type!r}, not {model_type!r}: pass "
             f"model_type={config.model_type!r}, or 'auto'"
         )
-    return config
 
 
 def _is_generic(model_type: str) -> bool:

@@ -12,22 +12,24 @@ It is written last, and at once, so a part without one is not finished. Plain Py
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, final
 
-from torchdistpackage import __version__
 from torchdistpackage.errors import CheckpointError
 
 __all__ = ["COMPONENTS", "FORMAT_VERSION", "PartMetadata", "metadata", "metadata_path", "weights_path"]
 
 COMPONENTS = ("bottom", "trunk", "top")
 FORMAT_VERSION = 1
+_VERSION: str = importlib.import_module(__name__.partition(".")[0]).__version__  # of the root, which imports no room
 
 
 @final
@@ -41,7 +43,7 @@ class PartMetadata:
         start_layer: Its first layer, counted in the whole model.
         end_layer: The layer after its last one.
         total_layers: Of the whole model.
-        num_parameters: Numbers in its tensors.
+        num_parameters: Of the part: what it trains, in numbers.
         memory_mb: Bytes of its tensors / 2**20.
         dtype: Of its floating tensors, such as "bfloat16".
         config: The whole configuration of the model, as JSON.
@@ -79,7 +81,7 @@ class PartMetadata:
     source: str = ""
     names: str = "checkpoint"
     model_class: str = ""
-    library_version: str = __version__
+    library_version: str = _VERSION
     format_version: int = FORMAT_VERSION
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,7 +92,7 @@ class PartMetadata:
 
     def to_json(self) -> str:
         """The content of the file; keys of `extra` stand beside the others."""
-        known = {key: getattr(self, key) for key in _RULES}
+        known = {key: getattr(self, key) for key in _RULES} | {"config": _encoded(self.config)}
         more = {key: value for key, value in self.extra.items() if key not in known}
         return json.dumps(known | more, indent=2, ensure_ascii=False) + "\n"
 
@@ -129,12 +131,13 @@ class PartMetadata:
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CheckpointError(
                 f"{name} has format {version}, written by torchdistpackage {found.get('library_version')}; this is "
-                f"{__version__}, which reads up to format {FORMAT_VERSION}: install a later one"
+                f"{_VERSION}, which reads up to format {FORMAT_VERSION}: install a later one"
             )
         if wrong := _mistakes(found):
             raise CheckpointError(f"{name} does not describe a part: {'; '.join(wrong)}")
         extra = {key: value for key, value in found.items() if key not in _RULES}
-        return cls(**{key: found[key] for key in _RULES if key in found and key != "num_layers"}, extra=extra)
+        known = {key: found[key] for key in _RULES if key in found and key != "num_layers"}
+        return cls(**known | {"config": _decoded(found["config"])}, extra=extra)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> PartMetadata:
@@ -181,7 +184,7 @@ def metadata(
         end_layer: The layer after its last one.
         total_layers: Of the whole model.
         config: The configuration, of transformers; or anything with `to_dict()`.
-        num_parameters: Numbers in its tensors.
+        num_parameters: Of the part: what it trains, in numbers.
         num_bytes: Of its tensors.
         dtype: Of its floating tensors, "bfloat16" or "torch.bfloat16".
         sha256: Tensor -> hash of its bytes.
@@ -195,11 +198,12 @@ def metadata(
 
     Example: see `PartMetadata`.
     """
-    whole = config.to_dict()
+    as_text = getattr(config, "to_json_string", None)  # of transformers: it turns types into names, too
     try:
-        whole = json.loads(json.dumps(whole))
+        whole = json.loads(as_text(use_diff=False) if as_text else json.dumps(config.to_dict()))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{type(config).__name__} cannot be written as JSON: {error}") from error
+    whole.pop("_name_or_path", None)  # a path of this machine
     part = PartMetadata(
         model_type=str(whole.get("model_type") or getattr(config, "model_type", "")),
         component=component,
@@ -257,7 +261,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < inf
 
 
 def _is_time(value: Any) -> bool:
@@ -272,6 +276,23 @@ def _are_hashes(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in value.values()
     )
+
+
+def _encoded(value: Any) -> Any:
+    """A value in which infinities are written as transformers writes them: JSON has no word for them."""
+    if isinstance(value, float) and not isfinite(value):
+        return {"__float__": {inf: "Infinity", -inf: "-Infinity"}.get(value, "NaN")}
+    if isinstance(value, Mapping):
+        return {key: _encoded(each) for key, each in value.items()}
+    return [_encoded(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    if isinstance(value, dict):
+        return {key: _decoded(each) for key, each in value.items()}
+    return [_decoded(each) for each in value] if isinstance(value, list) else value
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
