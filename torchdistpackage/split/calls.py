@@ -19,7 +19,6 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from torchdistpackage.errors import SplitError
 
@@ -194,6 +193,8 @@ class Call:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             saved[_reference(tensor)] = tensor.untyped_storage().nbytes()
             return tensor.detach()  # with its graph, an output that is saved would hold itself for ever
+
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton, 70 MB
 
         with torch.set_grad_enabled(self.grad):
             args, kwargs = self._copies([])

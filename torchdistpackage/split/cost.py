@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split.calls import Call, CallCost, call_cost, check_repeats, tensors_in, undisturbed
@@ -68,6 +67,8 @@ def flop_counts(layers: Sequence[nn.Module], example_input: Any) -> tuple[int, .
         >>> flop_counts([nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)], torch.zeros(2, 3))
         (48, 0, 16)
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, 70 MB
+
     counts: list[int] = []
     with undisturbed(layers, example_input), torch.no_grad():
         value = _own(example_input)
