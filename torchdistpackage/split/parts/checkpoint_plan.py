@@ -11,6 +11,7 @@ All that can be wrong with a checkpoint except its values is found here, before 
 
 from __future__ import annotations
 
+import json
 import logging
 import operator
 import os
@@ -75,6 +76,7 @@ class SplitPlan:
         dtype: In which the parts compute: what the configuration says, else what the files have.
         files: Name of each file -> (bytes, time of its last change in ns).
         parts: Bottom, trunk and top.
+        generation_config: What generation_config.json says; None where there is none.
     """
 
     directory: Path
@@ -84,6 +86,7 @@ class SplitPlan:
     dtype: torch.dtype
     files: Mapping[str, tuple[int, int]]
     parts: tuple[PartPlan, ...]
+    generation_config: Mapping[str, Any] | None
 
 
 def plan_split(
@@ -134,7 +137,19 @@ def plan_split(
         dtype=dtype,
         files={file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()},
         parts=tuple(parts),
+        generation_config=_generation_config(source),
     )
+
+
+def _generation_config(source: str) -> Mapping[str, Any] | None:
+    path = find(source, "generation_config.json")
+    if path is None:
+        return None
+    try:
+        found: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; fetch it again, or delete it") from error
+    return found
 
 
 def _points(cut_points: Sequence[int]) -> list[int]:

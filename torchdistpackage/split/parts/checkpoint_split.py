@@ -311,6 +311,7 @@ def _described_part(part: PartPlan, plan: SplitPlan, sha256: Mapping[str, str]) 
         extra={
             "cut_points": [*plan.cut_points],
             "source_files": {name: [*stat] for name, stat in plan.files.items()},
+            **({} if plan.generation_config is None else {"generation_config": plan.generation_config}),
         },
     )
 

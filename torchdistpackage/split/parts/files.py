@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -132,6 +133,10 @@ def load_part(
             part: Any = made._from_saved(state, config, about.names != "checkpoint", **layers)
     except (ValueError, CheckpointError) as error:  # the two files do not belong together, or to this class
         raise CheckpointError(f"{weights} cannot be loaded as {made.__name__}: {error}") from error
+    if "generation_config" in about.extra and isinstance(part, CausalLMPart):
+        from transformers import GenerationConfig
+
+        cast(Any, part.stage).generation_config = GenerationConfig.from_dict(about.extra["generation_config"])
     return part.to(device=device, dtype=dtype).eval()
 
 
@@ -162,8 +167,14 @@ def _about(part: BaseSplitModel, tensors: Mapping[str, Tensor]) -> PartMetadata:
         sha256={name: _hash(tensor) for name, tensor in tensors.items()},
         names="part",
         model_class=type(part).__name__,
-        extra={"family": kind.get("model_type", GENERIC)},
+        extra={"family": kind.get("model_type", GENERIC), **_generation(part)},
     )
+
+
+def _generation(part: BaseSplitModel) -> dict[str, Any]:
+    """How the model ends a text and picks tokens, for `generate`."""
+    found = getattr(part.stage, "generation_config", None) if isinstance(part, CausalLMPart) else None
+    return {} if found is None else {"generation_config": json.loads(found.to_json_string())}
 
 
 def _hash(tensor: Tensor) -> str:
