@@ -28,18 +28,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchdistpackage.errors import SplitError
 from torchdistpackage.parallel.pipeline_state import guarded
+from torchdistpackage.parallel.tied_ends import TiedEnds
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.schedule import Placement
 from torchdistpackage.split.names import TiedParameter, ties_in
-from torchdistpackage.split.pipe import are_ends_expected, stages_in_use, take_ends_run
+from torchdistpackage.split.pipe import stages_in_use
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import gather_json
 
 __all__ = ["TiedParameters", "tie_parameters", "ties"]
 
 # What an exchange is about, in the place of a micro-batch's number; 0 is the loss (`pipeline_sched.py`).
-_GRADIENTS, _VALUES, _ENDS = 1, 2, 3
+_GRADIENTS, _VALUES = 1, 2  # and 3, see `tied_ends.py`
 
 
 @dataclass(eq=False)
@@ -67,7 +68,7 @@ class TiedParameters:
         self._before: dict[int, Tensor] = {}
         self._training = False
         self._owners: tuple[int, ...] = ()
-        self._may_have_parts: dict[int, bool] = {}  # rank at the other end -> what was agreed
+        self._ends = TiedEnds(rank)
         self._adopted: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
         self._holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> its ranks
 
@@ -100,7 +101,7 @@ class TiedParameters:
         Every rank runs it before a step, with the step's placement; a second time with the same one changes nothing.
         """
         owners = self._owners = placement.owners
-        take_ends_run()  # those that ran outside of steps
+        self._ends.forget()
         for stage in stages_in_use():
             here = stage.num_stages == placement.num_stages and owners[stage.index] == self._rank
             if not here or self._adopted.get(stage.module) == owners:
@@ -116,86 +117,6 @@ class TiedParameters:
         if len(ranks) > 1:
             self.add(tie.name, ranks, tie.parameter)
 
-    def _other_end(self) -> int | None:
-        """The rank at the other end of the pipeline, for the ranks that have its ends."""
-        ends = {self._owners[0], self._owners[-1]} if self._owners else set()
-        return (ends - {self._rank}).pop() if len(ends) == 2 and self._rank in ends else None
-
-    def _tell(self, transport: Transport, peer: int, value: list[str]) -> list[str]:
-        """One message to and from the other end."""
-        transport.outlet(peer).send(Kind.VALUE, self._rank, _ENDS, 0, *flatten(value))
-        message = transport.inlet(peer).take(Kind.VALUE, peer, _ENDS)
-        assert message.layout is not None
-        theirs: list[str] = message.layout.tree(message.tensors)
-        return theirs
-
-    def _ask_other_end(self, transport: Transport) -> None:
-        """Agrees, once, whether Bottoms and Tops may run at the ends; where not, nothing is ever sent for them."""
-        peer = self._other_end()
-        if peer is not None and peer not in self._may_have_parts:
-            answer = self._tell(transport, peer, ["parts"] if are_ends_expected() else [])
-            self._may_have_parts[peer] = bool(answer) or are_ends_expected()
-
-    def _adopt_ends(self, transport: Transport) -> None:
-        """Registers what Bottom and Top share: these were cut one by one, and neither knows of the other.
-
-        Both ends say what their parts have run with in this step. What both say is tied; what one says alone, because
-        the other end is something else, is not.
-
-        Raises:
-            SplitError: They are on one rank, with a copy each; the copies differ; one of them is frozen; or parts came
-                where none were expected.
-        """
-        mine = self._ends_run()
-        peer = self._other_end()
-        if peer is None:
-            return
-        if mine and not self._may_have_parts[peer]:
-            raise SplitError(
-                "Bottom or Top run in a pipeline whose first step came before torchdistpackage.split.parts was "
-                "imported: import it at the top of the program, on the ranks of both ends"
-            )
-        if not self._may_have_parts[peer]:
-            return
-        known = {id(tie.parameter()) for tie in self._ties}
-        states = {key: _state(end.parameter, id(end.parameter) in known) for key, end in mine.items()}
-        theirs = dict(told.split("|") for told in self._tell(transport, peer, [f"{k}|{v}" for k, v in states.items()]))
-        common = sorted({*states} & {*theirs})
-        for key in common:
-            if (states[key] == "frozen") != (theirs[key] == "frozen"):
-                raise SplitError(
-                    f"{mine[key].name} is one parameter in the whole model, and frozen at one end of the pipeline "
-                    "only: freeze both ends, or none (torchdistpackage.split.ties_in(part) finds it)"
-                )
-        fresh = [key for key in common if "new" in (states[key], theirs[key])]
-        if fresh:
-            self._need_equal(transport, peer, {key: mine[key] for key in fresh})
-        for key in fresh:  # at both ends, also where one has known its copy for long, and the other has a new part
-            self._append(mine[key].name, (self._rank, peer), mine[key].parameter)
-
-    def _ends_run(self) -> dict[str, TiedParameter]:
-        """What the parts of this rank that ran in this step may share with the other end, by what both call it."""
-        found: dict[str, TiedParameter] = {}
-        for stage, index in take_ends_run():
-            for tie in ties_in(stage).values() if self._owners[index] == self._rank else ():
-                if found.setdefault(_key(tie), tie).parameter is not tie.parameter:
-                    raise SplitError(
-                        f"Bottom and Top are on one rank and have a copy each of {tie.name}, which the model ties: "
-                        "call torchdistpackage.split.parts.share_tied_weights(bottom, top), and then make the optimizer"
-                    )
-        return found
-
-    def _need_equal(self, transport: Transport, peer: int, ties: Mapping[str, TiedParameter]) -> None:
-        """Both ends were loaded with one value, and have had no sum of gradients yet."""
-        sums = [f"{tie.name}|{_local(tie.parameter.detach()).double().sum().item()!r}" for tie in ties.values()]
-        for ours, theirs in zip(sums, self._tell(transport, peer, sums), strict=True):
-            if ours != theirs:
-                name, value = ours.split("|")
-                raise SplitError(
-                    f"{name} is one parameter in the whole model, but the copies at the two ends of the pipeline "
-                    f"differ (their sums are {value} and {theirs.split('|')[1]}): load all parts from one model"
-                )
-
     def counts_elsewhere(self, parameter: Tensor) -> bool:
         """Whether another rank counts this parameter in norms."""
         ranks: tuple[int, ...] | None = self._holders.get(parameter)  # type: ignore[no-untyped-call]
@@ -203,7 +124,7 @@ class TiedParameters:
 
     def begin_step(self, transport: Transport, *, training: bool) -> None:
         """Makes new ties equal, and puts gradients away that were there before the step and count elsewhere."""
-        self._ask_other_end(transport)
+        self._ends.greet(transport, self._owners)
         fresh = [number for number, tie in enumerate(self._ties) if not tie.equal]
         if fresh:
             # Only with the ranks that have the same new ties: the others, with older ones, do not know of any.
@@ -223,7 +144,9 @@ class TiedParameters:
         """Sums the gradients over the holders; one that was put away takes the sum, it may be a view of the user's."""
         if not self._training:
             return
-        self._adopt_ends(transport)
+        known = {id(tie.parameter()) for tie in self._ties}
+        for tie, peer in self._ends.agree(transport, self._owners, known):
+            self._append(tie.name, (self._rank, peer), tie.parameter)
         self._exchange(transport, list(range(len(self._ties))), self._peers, _GRADIENTS, _gradient, _take_sum)
         for number, before in self._before.items():
             parameter = self._ties[number].parameter()
@@ -266,16 +189,6 @@ class TiedParameters:
             parameter = tie.parameter()
             if parameter is not None:
                 take(parameter, [tensor for tensor in found if tensor is not None])
-
-
-def _key(tie: TiedParameter) -> str:
-    """What both ends of a tie call it."""
-    return f"{' '.join(tie.names)} {tuple(tie.parameter.shape)} {tie.parameter.dtype}"
-
-
-def _state(parameter: Tensor, known: bool) -> str:
-    """What one end tells the other about its copy."""
-    return "frozen" if not parameter.requires_grad else "known" if known else "new"
 
 
 def _value(tie: _Tie) -> Tensor | None:
