@@ -90,7 +90,7 @@ def refused(rank, world, folder, change):
     return type(raised.value).__name__, str(raised.value)
 
 
-@pytest.mark.parametrize(("change", "reason"), [("frozen", "freeze both ends"), ("value", "from one model")])
+@pytest.mark.parametrize(("change", "reason"), [("frozen", "both ends or none"), ("value", "from one model")])
 def test_ends_that_are_not_one_are_an_error_everywhere(folder, change, reason):
     found = run_distributed(refused, 3, folder, change, timeout=60)
     assert all(reason in text for _, text in found)

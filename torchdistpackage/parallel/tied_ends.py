@@ -88,8 +88,8 @@ class TiedEnds:
             if states[name].replace("new", "known") != theirs[name].replace("new", "known"):
                 raise SplitError(
                     f"{mine[name].name} is one parameter in the whole model, but the copies at the two ends of the "
-                    f"pipeline are {states[name]} here and {theirs[name]} there: load both in one type, and freeze both "
-                    "ends or none (torchdistpackage.split.ties_in(part) finds it)"
+                    f"pipeline are {states[name]} here and {theirs[name]} there: load both in one type, and freeze "
+                    "both ends or none (torchdistpackage.split.ties_in(part) finds it)"
                 )
         fresh = {name: mine[name] for name in common if "new" in f"{states[name]} {theirs[name]}"}
         if fresh:
