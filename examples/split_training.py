@@ -95,7 +95,7 @@ def make_model(directory, seed):
     """A new GPT-2, and its tokenizer: a token for each character."""
     tokenizer = character_tokenizer(read_lines())
     set_seed(seed)
-    sizes = {"n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 64, "vocab_size": len(tokenizer)}
+    sizes = {"n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 128, "vocab_size": len(tokenizer)}
     config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

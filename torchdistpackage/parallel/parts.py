@@ -10,7 +10,8 @@ from typing import Any
 
 from torchdistpackage.errors import SplitError
 from torchdistpackage.parallel.pipeline_state import guarded
-from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of
+from torchdistpackage.split.parts.base import BaseSplitModel
+from torchdistpackage.split.parts.configuration import num_layers_of
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import gather_json
 

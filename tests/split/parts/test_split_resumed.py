@@ -145,7 +145,18 @@ def test_a_finished_part_that_was_damaged_is_mended(
     content[len(content) // 2] ^= 1
     path.write_bytes(content if damage == "flipped" else content[:-100])
     told: list[int] = []
-    _, trunk, _ = split_checkpoint(checkpoint, [1, 3], tmp_path, progress=lambda done, total: told.append(done))
+    with path.open("rb") as held:  # as if a part were mapped from it
+        _, trunk, _ = split_checkpoint(checkpoint, [1, 3], tmp_path, progress=lambda done, total: told.append(done))
+        assert held.read() != wanted["trunk.safetensors"]
     assert files(tmp_path) == wanted
     assert 0 < trunk.resumed_bytes < trunk.num_bytes
     assert told == sorted(told)
+
+
+def test_a_second_run_at_the_same_time(checkpoint: Path, tmp_path: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        with pytest.raises(CheckpointError, match="another process is splitting into .* now; wait for it"):
+            split_checkpoint(checkpoint, [1, 3], tmp_path)
+
+    split_checkpoint(checkpoint, [1, 3], tmp_path, progress=progress)
+    verify_part(tmp_path / "top.safetensors")

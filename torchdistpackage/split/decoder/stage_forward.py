@@ -348,4 +348,6 @@ def _give_shared(run: _Run, arguments: dict[ArgumentKey, Any]) -> None:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "a tuple; with use_cache=True a Bottom or Trunk returns the pair (hidden state, cache)"
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

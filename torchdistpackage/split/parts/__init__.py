@@ -4,15 +4,17 @@
     logits = top(trunk(bottom(input_ids))).logits
 
 =========================  ======================================================================
-`base.py`                  what a part is; the classes that families derive from
-`causal_lm.py`             the family that serves every model which `split/causal_lm.py` can cut
+`base.py`                  what a part is; the classes that families derive from; `blocks.py` runs their layers
+`causal_lm.py`             the family that serves every model which `split/causal_lm.py` can cut; `held_stage.py` is how
 `gpt2.py` `gemma.py`       those that have a name of their own
 `qwen2.py`
 `registry.py`              kind of model -> its classes
 `factory.py`               a saved model -> its parts; `devices.py` says where they go
 `checkpoint_tensors.py`    a checkpoint as a state dict, read when it is asked for
 `files.py`                 a part to disk and back; `metadata.py` is the file beside the weights
-`checkpoint_split.py`      a checkpoint -> the files of its parts, without making them
+`checkpoint_split.py`      a checkpoint -> the files of its parts, without making them; `checkpoint_plan.py` says
+                           what goes where, `safetensors_copy.py` moves the bytes
+`configuration.py`         what a configuration says about layers
 `core.py` `models/`        where SplitLearn, whose interface this is, has these classes
 =========================  ======================================================================
 

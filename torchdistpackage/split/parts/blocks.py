@@ -34,14 +34,35 @@ def through_blocks(blocks: Iterable[nn.Module], hidden: Tensor, cache: Any, offe
         arguments = _accepted(block, {**offered, **dict.fromkeys(_CACHES, cache)})
         if offered.get("attention_mask") is not None and "attention_mask" not in arguments:
             raise PipelineError(
-                f"{type(block).__name__}.forward has no argument attention_mask, so that padding would be seen; give "
-                "it one, or let prepare_attention_mask return None"
+                f"{type(block).__name__}.forward has no argument attention_mask, so that padding would be seen; put "
+                "the layer into a module whose forward takes one, or let prepare_attention_mask return None"
             )
+        _check_transformers_layer(block, arguments)
         if cache is not None and not {*_CACHES} & arguments.keys():
             raise PipelineError(f"{type(block).__name__}.forward takes no past_key_values; call without a cache")
         output = block(hidden, **arguments)
         hidden = output if isinstance(output, Tensor) else output[0]
     return hidden
+
+
+def _check_transformers_layer(block: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Says what layers of transformers want of a family: they end in errors that do not tell."""
+    name, mask = type(block).__name__, arguments.get("attention_mask")
+    if not type(block).__module__.startswith("transformers."):
+        return
+    attends = {child for child, _ in block.named_children()} & {"self_attn", "attn", "attention", "self_attention"}
+    if isinstance(mask, Tensor) and mask.dim() == 2 and attends:
+        raise PipelineError(
+            f"prepare_attention_mask returned the padding mask as it is, {tuple(mask.shape)}; {name} takes one of "
+            "(rows, 1, tokens, tokens seen): return transformers.masking_utils.create_causal_mask(config=self.config, "
+            "inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None)"
+        )
+    wanted = inspect.signature(block.forward).parameters
+    if "position_embeddings" in wanted and arguments.get("position_embeddings") is None:
+        raise PipelineError(
+            f"{name} takes position_embeddings: let block_arguments(hidden_states, position_ids) return "
+            "{'position_embeddings': rotary(hidden_states, position_ids)}, with the model's rotary embedding"
+        )
 
 
 def _accepted(block: nn.Module, offered: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from torchdistpackage.errors import SplitError
 from torchdistpackage.split.decoder.stage_forward import LastOutput
 from torchdistpackage.split.decoder.stand_in import Called, shown
 from torchdistpackage.split.names import ties_in
-from torchdistpackage.split.parts.base import BaseBottomModel, BaseTopModel, BaseTrunkModel, num_layers_of
+from torchdistpackage.split.parts.base import BaseBottomModel, BaseTopModel, BaseTrunkModel
+from torchdistpackage.split.parts.configuration import num_layers_of
 from torchdistpackage.split.parts.held_stage import CausalLMPart
 from torchdistpackage.split.parts.registry import GENERIC, ModelRegistry
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -133,16 +134,39 @@ def write_parts(
         if progress is not None:
             progress(done, total)
 
-    made = []
-    for part in plan.parts:
+    with _alone_in(where):
+        return [_written(part, plan, where, present[part.component] == "finished", advance) for part in plan.parts]
+
+
+def _written(part: PartPlan, plan: SplitPlan, where: Path, finished: bool, advance: Advance) -> PartFile:
+    try:
+        return _write_part(part, plan, where, finished, advance)
+    except OSError as error:
+        raise CheckpointError(
+            f"the {part.component} in {where} cannot be written: {error.strerror}; see to the disk, and run the same "
+            "command again, which goes on from here"
+        ) from error
+
+
+@contextmanager
+def _alone_in(where: Path) -> Iterator[None]:
+    """Keeps a second run out of a directory; the lock ends with the process, however it ends."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # not a POSIX system
+        yield
+        return
+    opened = os.open(where, os.O_RDONLY)
+    try:
         try:
-            made.append(_write_part(part, plan, where, present[part.component] == "finished", advance))
-        except OSError as error:
-            raise CheckpointError(
-                f"the {part.component} in {where} cannot be written: {error.strerror}; see to the disk, and run "
-                "the same command again, which goes on from here"
-            ) from error
-    return made
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"another process is splitting into {where} now; wait for it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(opened)
 
 
 def verify_part(path: str | os.PathLike[str]) -> None:
@@ -263,7 +287,9 @@ def _write_part(part: PartPlan, plan: SplitPlan, where: Path, finished: bool, ad
     resumed = part.num_bytes
     if not finished or _damaged(weights, PartMetadata.read(beside), lambda count: advance(2 * count)):
         beside.unlink(missing_ok=True)
-        if weights.exists():  # killed before its metadata was written, or damaged since: what is right is kept
+        if finished:  # damaged since: what is right is kept, but not the file, which some process may have mapped
+            shutil.copyfile(weights, unfinished)
+        elif weights.exists():  # killed before its metadata was written
             os.replace(weights, unfinished)
         copied = copy_tensors(part.pieces, unfinished, advance)
         _check_opens(unfinished, part)

@@ -91,6 +91,8 @@ def known_device(value: Any, what: str = "device") -> Any:
     """
     import torch
 
+    if value is None:
+        raise SplitError(f"{what} is None; say 'cpu', 'cuda', 'cuda:1' or another device of torch")
     try:
         device = torch.device(value)
     except (RuntimeError, TypeError) as error:

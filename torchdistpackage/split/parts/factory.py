@@ -27,10 +27,10 @@ from torch import Tensor
 from torchdistpackage.errors import CheckpointError, SplitError
 from torchdistpackage.split.decoder.pretrained import read_config, without_weights
 from torchdistpackage.split.decoder.weight_files import WeightFiles, has_pickled_weights, need_transformers
-from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of, settle_attention
+from torchdistpackage.split.parts.base import BaseSplitModel
 from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors, PickledTensors, float_type
+from torchdistpackage.split.parts.configuration import layers_of, num_layers_of, settle_attention
 from torchdistpackage.split.parts.devices import parse_device_map
-from torchdistpackage.split.parts.files import layers_of
 from torchdistpackage.split.parts.held_stage import CausalLMPart, empty_stage
 from torchdistpackage.split.parts.metadata import COMPONENTS
 from torchdistpackage.split.parts.registry import GENERIC, ModelRegistry
@@ -105,6 +105,8 @@ class ModelFactory:
             ModelRegistry.need_complete(model_type)
         if auto_save and storage_path is None:
             raise SplitError("auto_save needs to know where to: pass storage_path='parts'")
+        if not isinstance(model_name_or_path, (str, os.PathLike)):
+            raise SplitError(f"model_name_or_path must be a directory or a name on the hub, got {model_name_or_path!r}")
         source = os.fspath(model_name_or_path)
         config = copy.deepcopy(config) if config is not None else _config(source, model_type, trust_remote_code)
         _need_same_kind(model_type, config, source)
@@ -122,20 +124,24 @@ class ModelFactory:
         devices = parse_device_map(device_map, device, sizes)
         name = Path(os.path.abspath(source) if os.path.isdir(source) else source).name
         made: dict[str, Any] = {}
-        with _state(source, config, low_memory, options) as state:
-            for component in _progress(wanted, verbose):
-                of = ModelRegistry.get_model_class(kind, component)
-                layers = layers_of(component, *_range(component, points))
+        for component in _progress(wanted, verbose):
+            of = ModelRegistry.get_model_class(kind, component)
+            layers = layers_of(component, *_range(component, points))
+            # Weights may be mapped from their files, and two parts must not have a tied one from one mapping.
+            with _state(source, config, low_memory, options) as state:
                 part = _make(of, state, config, layers, dtype, options)
-                made[component] = part.to(devices[component]).eval()
-                if auto_save:
-                    file = f"{name}_{points[0]}-{points[1]}_{component}"
-                    part.save_split_model(Path(os.fspath(storage_path), component, file))  # type: ignore[arg-type]
+            made[component] = part.to(devices[component]).eval()
+            if auto_save:
+                file = f"{name}_{points[0]}-{points[1]}_{component}"
+                part.save_split_model(Path(os.fspath(storage_path), component, file))  # type: ignore[arg-type]
         return made.get("bottom"), made.get("trunk"), made.get("top")
 
     @staticmethod
     def list_available_models() -> list[str]:
-        """The kinds of models that have a family of their own, and "causal_lm", which serves all others."""
+        """The kinds of models that have a family of their own, and "causal_lm", which serves all others.
+
+        Returned, not printed.
+        """
         return ModelRegistry.list_supported_models()
 
 

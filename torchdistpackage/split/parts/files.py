@@ -22,14 +22,15 @@ from torch import Tensor
 
 from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.decoder.weight_files import WeightFiles, need_transformers
-from torchdistpackage.split.parts.base import BaseSplitModel, num_layers_of, settle_attention
+from torchdistpackage.split.parts.base import BaseSplitModel
 from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors, float_type
+from torchdistpackage.split.parts.configuration import layers_of, num_layers_of, settle_attention
 from torchdistpackage.split.parts.devices import known_device
 from torchdistpackage.split.parts.held_stage import CausalLMPart
 from torchdistpackage.split.parts.metadata import PartMetadata, metadata, metadata_path, weights_path
 from torchdistpackage.split.parts.registry import GENERIC, ModelRegistry
 
-__all__ = ["layers_of", "load_part", "load_split_model", "save_part"]
+__all__ = ["load_part", "load_split_model", "save_part"]
 
 
 def load_split_model(
@@ -41,7 +42,8 @@ def load_split_model(
 ) -> Any:
     """A part that was saved by `save_split_model` or `torchdistpackage split`, in evaluation mode.
 
-    Its class is the one that its family has registered.
+    Its class is the one that its family has registered. On the CPU the weights stay in the file until they are used, as
+    with transformers: do not change the file in place while the part lives; saving over it makes a new one.
 
     Args:
         path: Of the weights, `parts/top.safetensors`.
@@ -58,17 +60,6 @@ def load_split_model(
         >>> top = load_split_model("parts/top.safetensors", device="cuda")  # doctest: +SKIP
     """
     return load_part(path, None, device=device, dtype=dtype, verify=verify)
-
-
-def layers_of(component: str, start: int, end: int) -> dict[str, int]:
-    """The arguments that say to `from_pretrained_split` and to the class which layers a part has.
-
-    Example:
-        >>> layers_of("top", 10, 12)
-        {'start_layer': 10}
-    """
-    layers = {"start_layer": start, "end_layer": end}
-    return {name: layers[name] for name in {"bottom": ("end_layer",), "top": ("start_layer",)}.get(component, layers)}
 
 
 def save_part(part: BaseSplitModel, save_path: str | os.PathLike[str], *, save_metadata: bool = True) -> Path:
@@ -116,6 +107,8 @@ def load_part(
     """
     need_transformers()
     device, dtype = known_device(device), float_type(dtype)
+    if os.fspath(path).endswith("_metadata.json"):
+        raise CheckpointError(f"{os.fspath(path)} describes a part; give the .safetensors file beside it")
     weights = _weights(path, getattr(of, "component", "") or _only_component(path))
     if not weights.is_file():
         raise CheckpointError(f"{weights} is not there; give the path that save_split_model returned")

@@ -9,6 +9,8 @@ The part and its stage share one set of modules, under the names of the whole mo
 
 from __future__ import annotations
 
+import copy
+import difflib
 import inspect
 import re
 import threading
@@ -29,9 +31,10 @@ from torchdistpackage.split.decoder.pretrained import without_weights
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, run_stage
 from torchdistpackage.split.decoder.weight_files import listed
 from torchdistpackage.split.names import record_ends, ties_in
-from torchdistpackage.split.parts.base import BaseSplitModel, need_layers, num_layers_of
+from torchdistpackage.split.parts.base import BaseSplitModel
 from torchdistpackage.split.parts.blocks import claim_cache
 from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors, PickledTensors, float_type
+from torchdistpackage.split.parts.configuration import layers_of, need_layers, num_layers_of
 from torchdistpackage.split.parts.registry import GENERIC
 from torchdistpackage.split.pipe import expect_ends, note_end_run, put_aside, put_end_in_use
 
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["CausalLMPart", "empty_stage"]
 
 
+@torch.inference_mode(mode=False)  # a server may load within it, and its structure is looked at by means of autograd
 def empty_stage(config: Any, start: int, end: int, *, dtype: Any = None, trust_remote_code: bool = False) -> nn.Module:
     """The layers start .. end-1 of a model, on the meta device, with what is before or behind them at its ends.
 
@@ -107,6 +111,20 @@ class CausalLMPart(BaseSplitModel):
             self.stage.training = mode
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled are the class, the configuration and the weights; the stage is made anew where it is loaded."""
+        layers = layers_of(self.component, self.start_layer, self.end_layer)
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        return _unpickled, (type(self), self.config, layers, dict(self.state_dict()), frozen, self.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        if ties_in(made.stage):
+            put_end_in_use(made.stage, 0 if made._record.first else -1)
+        return made
+
     def get_transformer_blocks(self) -> nn.ModuleList:
         """Its layers in order."""
         with self._alone():
@@ -157,6 +175,13 @@ class CausalLMPart(BaseSplitModel):
         cls, state: Mapping[str, Tensor], config: Any, start: int, end: int, dtype: Any, trust_remote_code: bool
     ) -> nn.Module:
         """A stage with the weights of a state dict, in evaluation mode."""
+        with torch.inference_mode(mode=False):
+            return cls._filled_for_training(state, config, start, end, dtype, trust_remote_code)
+
+    @classmethod
+    def _filled_for_training(
+        cls, state: Mapping[str, Tensor], config: Any, start: int, end: int, dtype: Any, trust_remote_code: bool
+    ) -> nn.Module:
         cls._check_kind(config)
         need_layers(cls.__name__, start, end, num_layers_of(config))
         types = float_type(dtype) or _float_type(state, config)
@@ -177,6 +202,7 @@ class CausalLMPart(BaseSplitModel):
     def _run(self, x: Any, past_key_values: Any, use_cache: bool | None, arguments: dict[str, Any]) -> Any:
         """(What the stage gives, the cache)."""
         x, arguments = self._arrived((x, {name: value for name, value in arguments.items() if value is not None}))
+        self._need_known(arguments)
         if past_key_values is None and use_cache:
             past_key_values = new_cache(self.stage)
         if past_key_values is not None:
@@ -187,6 +213,15 @@ class CausalLMPart(BaseSplitModel):
         note_end_run(self.stage)
         with self._alone():
             return run_stage(self.stage, x, arguments), past_key_values
+
+    def _need_known(self, arguments: Mapping[str, Any]) -> None:
+        """Refuses what looks like a slip of the pen: most forwards take any name, and take no notice of it."""
+        known = inspect.signature(type(self.stage)._whole_forward).parameters.keys() | {"position_ids", "labels"}  # type: ignore[attr-defined]
+        for name in arguments.keys() - known:
+            if near := difflib.get_close_matches(name, known, 1, cutoff=0.8):
+                raise PipelineError(
+                    f"{name!r} is no argument of {type(self.stage).__name__}; did you mean {near[0]!r}?"
+                )
 
     def _alone(self) -> RLock:
         """Held while the stage runs: stand-ins are in its modules then, and a server may have several threads."""
@@ -226,6 +261,20 @@ def _without_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
+
+
+def _unpickled(
+    of: type[Any],
+    config: Any,
+    layers: Mapping[str, int],
+    state: Mapping[str, Tensor],
+    frozen: list[str],
+    training: bool,
+) -> Any:
+    part = of.from_pretrained_split(state, config, **layers)
+    for name in frozen:
+        part.get_parameter(name).requires_grad_(False)
+    return part.train(training)
 
 
 class _Seen(Exception):
