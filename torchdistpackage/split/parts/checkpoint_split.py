@@ -286,8 +286,11 @@ def _write_part(part: PartPlan, plan: SplitPlan, where: Path, finished: bool, ad
     beside, unfinished = metadata_path(weights), _unfinished(weights)
     resumed = part.num_bytes
     if not finished or _damaged(weights, PartMetadata.read(beside), lambda count: advance(2 * count)):
+        was_finished = beside.exists()
         beside.unlink(missing_ok=True)
-        if finished:  # damaged since: what is right is kept, but not the file, which some process may have mapped
+        if (
+            was_finished and weights.exists()
+        ):  # damaged since: what is right is kept, but not the file, which some process may have mapped
             shutil.copyfile(weights, unfinished)
         elif weights.exists():  # killed before its metadata was written
             os.replace(weights, unfinished)
