@@ -62,8 +62,8 @@ def test_other_parts_are_replaced_on_demand(checkpoint: Path, tmp_path: Path) ->
     ("arguments", "code", "message"),
     [
         (["--at", "a,b"], 1, "--at 'a,b' is no list of layers: write where trunk and top begin, --at 2,10"),
-        (["--at", "3,1"], 1, "model.layers has 5; got [3, 1]"),
-        (["--at", "2,10"], 1, "model.layers has 5; got [2, 10]"),
+        (["--at", "3,1"], 1, "within the layers 1..4 of 5, so that each part has one; got 3,1"),
+        (["--at", "2,10"], 1, "got 2,10: try 1,4"),
         (["--at", "2"], 1, "two layers say where trunk and top begin"),
         (["--at", "2,3", "-p", "2"], 2, "-p is for cutting a model by tracing"),
         (["--at", "2,3", "--code", "-i", "2"], 2, "-i, --code is for cutting a model by tracing"),

@@ -29,6 +29,7 @@ from torchdistpackage.split.decoder.pretrained import read_config, without_weigh
 from torchdistpackage.split.decoder.safetensors_header import SafetensorsHeader, read_header
 from torchdistpackage.split.decoder.stage_forward import STAGE
 from torchdistpackage.split.decoder.weight_files import SINGLE, WeightFiles, find, listed, need_transformers
+from torchdistpackage.split.parts.configuration import num_layers_of
 from torchdistpackage.split.parts.metadata import COMPONENTS
 from torchdistpackage.split.parts.safetensors_copy import Piece, hash_of
 
@@ -118,6 +119,7 @@ def plan_split(
     config = read_config(source, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{source} holds quantized weights, which parts cannot be made of; split the originals")
+    _check_points(points, num_layers_of(config))
     file_of = _files(source, getattr(config, "transformers_weights", None))
     headers = _headers(source, file_of)
     dtype = getattr(config, "dtype", None) or _float_dtype(file_of, headers)
@@ -160,6 +162,16 @@ def _points(cut_points: Sequence[int]) -> list[int]:
     if len(points) != len(COMPONENTS) - 1:
         raise SplitError(f"two layers say where trunk and top begin, such as 2, 10; got {cut_points!r}")
     return points
+
+
+def _check_points(points: Sequence[int], layers: int) -> None:
+    if not 0 < points[0] < points[1] < layers:
+        third = max(1, layers // 3)
+        advice = f"try {third},{layers - third}" if layers >= 3 else "three parts need three"
+        raise SplitError(
+            f"trunk and top must begin, in this order, within the layers 1..{layers - 1} of {layers}, so that each "
+            f"part has one; got {points[0]},{points[1]}: {advice}"
+        )
 
 
 def _files(source: str, explicit: str | None) -> Mapping[str, str]:

@@ -354,6 +354,8 @@ def _described(weights: Path) -> str:
     try:
         about: Any = PartMetadata.read(metadata_path(weights))
     except CheckpointError:
+        if not weights.exists():
+            return f"{metadata_path(weights).name}, which cannot be read"
         return f"{weights.name}, without metadata that can be read"
     origin = f" of {about.source}" if about.source else ""
     return f"{weights.name}, {about.model_type}{origin}, layers {about.start_layer} to {about.end_layer - 1}"
