@@ -128,7 +128,8 @@ def own_part(party, directory, at, parts=None):
     except SplitError as error:
         raise SystemExit(str(error)) from None
     size = f"{part.num_parameters():,} parameters, {part.memory_footprint_mb():.2f} MB"
-    print(f"{party.component:6} has layers {part.start_layer}..{part.end_layer - 1}, {size}", flush=True)
+    line = f"{party.component:6} has layers {part.start_layer}..{part.end_layer - 1}, {size}\n"
+    print(line, end="", flush=True)  # in one piece: three processes print at the same time
     return part
 
 

@@ -6,14 +6,15 @@ other end; whether that is a Top of the same model, a classifier, or in another 
     rank 0   Bottom ran: wte, new ----->   <----- rank 2   Top ran: wte, new        both: it is one parameter
     rank 0   Bottom ran: wte, new ----->   <----- rank 2                            one alone: it is not
 
-So the two ranks tell each other at the end of each training step. Pipelines without parts never do: at their first step
-the ends ask whether there may be any. `tied_parameters.py` then adds up the gradients.
+So the two ranks tell each other at the end of each training step. Pipelines without parts never do: in their first step
+the ranks ask, from neighbour to neighbour and back, whether there may be any, so that no link is made between the ends
+that nobody needs. `tied_parameters.py` then adds up the gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -38,23 +39,33 @@ class TiedEnds:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._may_have_parts: dict[int, bool] = {}  # rank at the other end -> what was agreed
+        self._agreed_for: tuple[Any, ...] | None = None
+        self._may_have_parts = False
 
     def forget(self) -> None:
         """Comes before each step: what has run until now is not of it."""
         take_ends_run()
 
     def greet(self, transport: Transport, owners: Sequence[int]) -> None:
-        """Agrees with the other end, once, whether Bottoms and Tops may run; where not, nothing is ever sent for them.
+        """Agrees, once, whether Bottoms and Tops may run; where not, nothing is sent for them. Before a training step.
 
         Args:
             transport: Of the pipeline.
             owners: The rank of each stage.
         """
-        peer = self._other_end(owners)
-        if peer is not None and peer not in self._may_have_parts:
-            answer = self._exchange(transport, peer, ["parts"] if are_ends_expected() else [])
-            self._may_have_parts[peer] = bool(answer) or are_ends_expected()
+        agreed_for = (transport.epoch, *owners)  # after a failure some ranks may have heard the answer, others not
+        if not owners or owners[0] == owners[-1] or agreed_for == self._agreed_for:
+            return
+        chain = list(dict.fromkeys(owners))  # neighbours in a pipeline, which have links anyway
+        place, may = chain.index(self._rank), are_ends_expected()
+        if place > 0:
+            may = bool(self._take(transport, chain[place - 1])) or may
+        if place < len(chain) - 1:
+            self._send(transport, chain[place + 1], ["parts"] if may else [])
+            may = bool(self._take(transport, chain[place + 1]))
+        if place > 0:
+            self._send(transport, chain[place - 1], ["parts"] if may else [])
+        self._agreed_for, self._may_have_parts = agreed_for, may
 
     def agree(
         self, transport: Transport, owners: Sequence[int], known: Collection[int]
@@ -73,11 +84,11 @@ class TiedEnds:
         mine, peer = self._that_ran(owners), self._other_end(owners)
         if peer is None:
             return []
-        if not self._may_have_parts[peer]:
+        if not self._may_have_parts:
             if mine:
                 raise SplitError(
                     "Bottom or Top run in a pipeline whose first step came before torchdistpackage.split.parts was "
-                    "imported: import it at the top of the program, on the ranks of both ends"
+                    "imported: import it at the top of the program"
                 )
             return []
         states = {name: _state(tie, known) for name, tie in mine.items()}
@@ -102,11 +113,17 @@ class TiedEnds:
         return (ends - {self._rank}).pop() if len(ends) == 2 and self._rank in ends else None
 
     def _exchange(self, transport: Transport, peer: int, mine: list[str]) -> list[str]:
-        transport.outlet(peer).send(Kind.VALUE, self._rank, _WHAT, 0, *flatten(mine))
+        self._send(transport, peer, mine)
+        return self._take(transport, peer)
+
+    def _send(self, transport: Transport, peer: int, value: list[str]) -> None:
+        transport.outlet(peer).send(Kind.VALUE, self._rank, _WHAT, 0, *flatten(value))
+
+    def _take(self, transport: Transport, peer: int) -> list[str]:
         message = transport.inlet(peer).take(Kind.VALUE, peer, _WHAT)
         assert message.layout is not None
-        theirs: list[str] = message.layout.tree(message.tensors)
-        return theirs
+        value: list[str] = message.layout.tree(message.tensors)
+        return value
 
     def _that_ran(self, owners: Sequence[int]) -> dict[str, TiedParameter]:
         """What the parts that ran on this rank in this step may share with the other end, by all of its names."""

@@ -124,7 +124,8 @@ class TiedParameters:
 
     def begin_step(self, transport: Transport, *, training: bool) -> None:
         """Makes new ties equal, and puts gradients away that were there before the step and count elsewhere."""
-        self._ends.greet(transport, self._owners)
+        if training:
+            self._ends.greet(transport, self._owners)
         fresh = [number for number, tie in enumerate(self._ties) if not tie.equal]
         if fresh:
             # Only with the ranks that have the same new ties: the others, with older ones, do not know of any.

@@ -11,6 +11,7 @@ All that can be wrong with a checkpoint except its values is found here, before 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import operator
@@ -125,9 +126,10 @@ def plan_split(
     dtype = getattr(config, "dtype", None) or _float_dtype(file_of, headers)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     pieces = {name: Piece(Path(source, file), headers[file].tensors[name]) for name, file in file_of.items()}
-    parts = [
-        _part_plan(source, config, dtype, stage, points, pieces, trust_remote_code) for stage in range(len(COMPONENTS))
-    ]
+    parts = []
+    for stage in range(len(COMPONENTS)):
+        parts.append(_part_plan(source, config, dtype, stage, points, pieces, trust_remote_code))
+        gc.collect()  # models are cycles: the next one is to have the memory of this one, 10 MB for 22 layers
     if unused := pieces.keys() - {name for part in parts for name in part.pieces}:
         _logger.warning("%s holds tensors that no part needs, and that are left out: %s", source, listed(unused))
     stats = {file: os.stat(Path(source, file)) for file in sorted(headers)}
