@@ -101,13 +101,14 @@ def test_parts_of_different_cuts(parts, tmp_path):
     assert codes == [0, 0, 0], out
     for name in ("top.safetensors", "top_metadata.json"):
         (tmp_path / name).write_bytes((parts / name).read_bytes())
-    refused(start(WRITE, "--parts", tmp_path), "their layers do not join: bottom 0..0, trunk 1..2, top 4..5")
+    refused(start(WRITE, "--parts", tmp_path), "the layers of the parts do not join: bottom 0..0, trunk 1..2, top 4..5")
 
 
 def test_a_mistake_ends_all_processes(parts):
     refused(start(TRAIN, processes=2), "three processes are needed")
     refused(start(TRAIN, "--at", "2,6"), "got 2, 6: try 2, 4")
-    refused(start(WRITE, "--parts", parts), "^bottom: --tokens 64 after a prompt of 15 are more than the 64 positions")
+    text = "^bottom: --tokens 120 after a prompt of 15 are more than the 128 positions"
+    refused(start(WRITE, "--parts", parts, "--tokens", 120), text)
 
 
 WRONG = {
