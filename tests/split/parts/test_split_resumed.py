@@ -12,7 +12,8 @@ import torch
 from language_models import language_model
 
 from torchdistpackage.errors import CheckpointError
-from torchdistpackage.split.parts.checkpoint_split import split_checkpoint, verify_part
+from torchdistpackage.split.parts.checkpoint_plan import plan_split
+from torchdistpackage.split.parts.checkpoint_split import split_checkpoint, verify_part, write_parts
 from torchdistpackage.split.parts.metadata import COMPONENTS
 
 
@@ -154,9 +155,11 @@ def test_a_finished_part_that_was_damaged_is_mended(
 
 
 def test_a_second_run_at_the_same_time(checkpoint: Path, tmp_path: Path) -> None:
+    plan = plan_split(checkpoint, [1, 3])
+
     def progress(done: int, total: int) -> None:
         with pytest.raises(CheckpointError, match="another process is splitting into .* now; wait for it"):
-            split_checkpoint(checkpoint, [1, 3], tmp_path)
+            write_parts(plan, tmp_path)
 
-    split_checkpoint(checkpoint, [1, 3], tmp_path, progress=progress)
+    write_parts(plan, tmp_path, progress=progress)
     verify_part(tmp_path / "top.safetensors")
