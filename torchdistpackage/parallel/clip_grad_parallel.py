@@ -11,12 +11,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchdistpackage.parallel.dtensors import (
+    is_sharded_over_tensor_group,
+    local_tensor,
+    settle_gradient,
+    sharding_groups,
+)
 from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.topology import tpc
@@ -36,8 +43,11 @@ def clip_grad_norm_(
     """Clips the gradients of this rank's parameters as `torch.nn.utils.clip_grad_norm_` would those of the whole model.
 
     Collective over the pipe and the tensor group: call it on every rank, after the step and before the optimizer. A
-    parameter that lives on several stages, or is given more than once, counts once. Over the tensor group every rank's
-    parameters count, as shards; those that all of its ranks hold whole are named in `replicated`.
+    parameter that lives on several stages, or is given more than once, counts once.
+
+    Over the tensor group: if any rank has DTensors over it (`apply_tensor_parallel`, `TpMlp`, torch's
+    `parallelize_module`), those say how they are sharded, and all other parameters are whole on every rank and count
+    once. If there are none, every rank's parameters count, as shards, but for those that are named in `replicated`.
 
     Args:
         parameters: This rank's parameters, of all of its chunks; those without a gradient count nothing.
@@ -62,55 +72,98 @@ def clip_grad_norm_(
     """
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     own = list({id(parameter): parameter for parameter in given}.values())  # chunks of one rank may share some
-    with_grad = [p for p in own if p.grad is not None]
-    tied = ties()
-    elsewhere = {id(p) for p in own if tied.counts_elsewhere(p)}
-    if tpc.get_group_size("tensor") > 1 and tpc.get_group_rank("tensor") > 0:
-        elsewhere |= {id(p) for p in replicated}
+    tied, whole = ties(), {id(p) for p in replicated}
     with guarded("clip_grad_norm_"):
         norm_type = float(norm_type)
         if not norm_type > 0:
             raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
-        counted = [p.grad for p in with_grad if id(p) not in elsewhere and p.grad is not None]
-        total = _total_norm(counted, own, norm_type)
+        for parameter in own:
+            settle_gradient(parameter)
+        counted = [p for p in own if not tied.counts_elsewhere(p)]
+        total = _total_norm(counted, whole, norm_type)
+    with_grad = [p for p in own if p.grad is not None]
+    like = (with_grad or own or [total])[0]
+    total = total.to(dtype=like.dtype, device=like.device)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"the total norm of order {norm_type} of the gradients is {total.item()}, on every rank; find the layer "
             "that made it, or pass error_if_nonfinite=False to clip all the same"
         )
-    torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, total)
+    _scale([local_tensor(p.grad) for p in with_grad], max_norm, total)
     return total
 
 
-def _total_norm(gradients: list[Tensor], own: list[Tensor], norm_type: float) -> Tensor:
-    """The whole model's norm, in the dtype of this rank's gradients.
+@torch.no_grad()
+def _scale(gradients: list[Tensor], max_norm: float, total: Tensor) -> None:
+    """As torch's `clip_grads_with_norm_`, which cannot scale DTensors beside other tensors."""
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    for kind in _by_kind(gradients):
+        torch._foreach_mul_(kind, factor.to(kind[0].device))
+
+
+@dataclass
+class _Shards:
+    """Gradients that are sharded alike: the local tensors, and the groups over which their amounts are added."""
+
+    groups: tuple[dist.ProcessGroup, ...]
+    sharded: list[Tensor] = field(default_factory=list)  # over the tensor group, too
+    whole: list[Tensor] = field(default_factory=list)  # on every rank of the tensor group
+    plain: list[Tensor] = field(default_factory=list)  # no DTensor over the tensor group: nothing says which
+
+
+def _total_norm(parameters: list[Tensor], whole: set[int], norm_type: float) -> Tensor:
+    """The whole model's norm, in float64.
 
     Powers are added in float64, parameter by parameter: a large norm's power must not overflow, and where the model is
-    cut must not change a bit of the result.
+    cut must not change a bit of the result. Whether plain tensors are shards is known once all ranks have told each
+    other whether there is any DTensor over the tensor group: both sums travel, and the answer chooses.
     """
-    device, like = communication_device(None), (gradients or own or [torch.empty(())])[0]
-    norms = [norm.to(dtype=torch.float64, device=device) for norm in _norms(gradients, norm_type)]
-    amounts = torch.stack(norms) if norms else torch.zeros(1, dtype=torch.float64, device=device)
-    if math.isinf(norm_type):
-        amount = amounts.max()
-        _all_reduce(amount, dist.ReduceOp.MAX)
-    else:
-        amount = (amounts**norm_type).sum()
-        _all_reduce(amount, dist.ReduceOp.SUM)
-        amount = amount ** (1.0 / norm_type)
-    return amount.to(dtype=like.dtype, device=like.device)
-
-
-def _norms(gradients: list[Tensor], norm_type: float) -> list[Tensor]:
-    """The norm of each gradient, one call for all of a kind; a DTensor's is that of the whole tensor."""
-    kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        kinds[type(gradient), gradient.device, gradient.dtype].append(gradient.detach())
-    found = [norm for kind in kinds.values() for norm in torch._foreach_norm(kind, norm_type)]
-    return [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in found]
-
-
-def _all_reduce(amount: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+    device, infinite = communication_device(None), math.isinf(norm_type)
+    first = tpc.get_group_size("tensor") == 1 or tpc.get_group_rank("tensor") == 0
+    op = dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM
+    amounts = torch.zeros(4, dtype=torch.float64, device=device)  # certain, plain as shards, plain as whole, said so
+    for shards in _sorted_by_sharding(parameters, whole):
+        mine = [shards.sharded + (shards.whole if first else []), shards.plain, shards.plain if first else []]
+        part = torch.stack([_amount(gradients, norm_type, device) for gradients in mine])
+        for group in shards.groups:
+            dist.all_reduce(part, op=op, group=group)
+        amounts[:3] = torch.maximum(amounts[:3], part) if infinite else amounts[:3] + part
+    amounts[3] = any(is_sharded_over_tensor_group(parameter) is not None for parameter in parameters)
     for mode in ("pipe", "tensor"):
         if tpc.get_group_size(mode) > 1:
-            dist.all_reduce(amount, op=op, group=tpc.get_group(mode))
+            dist.all_reduce(amounts, op=op, group=tpc.get_group(mode))
+    plain = torch.where(amounts[3] > 0, amounts[2], amounts[1])
+    return torch.maximum(amounts[0], plain) if infinite else (amounts[0] + plain) ** (1.0 / norm_type)
+
+
+def _sorted_by_sharding(parameters: list[Tensor], whole: set[int]) -> list[_Shards]:
+    """By parameters, not by gradients: ranks of a group must agree on what is to be reduced, in one order."""
+    found: dict[tuple[str, ...], _Shards] = {}
+    for parameter in parameters:
+        sharded, groups = is_sharded_over_tensor_group(parameter), tuple(sharding_groups(parameter))
+        shards = found.setdefault(tuple(group.group_name for group in groups), _Shards(groups))
+        if parameter.grad is None:
+            continue
+        local = local_tensor(parameter.grad).detach()
+        if id(parameter) in whole or sharded is False:
+            shards.whole.append(local)
+        else:
+            (shards.plain if sharded is None else shards.sharded).append(local)
+    return list(found.values())
+
+
+def _amount(gradients: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """The sum of the p-th powers of their norms, or the largest norm; one call for all gradients of a kind."""
+    kinds = _by_kind([gradient for gradient in gradients if gradient.numel()])  # a shard may be empty
+    norms = [norm for kind in kinds for norm in torch._foreach_norm(kind, norm_type)]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    amounts = torch.stack([norm.to(dtype=torch.float64, device=device) for norm in norms])
+    return amounts.max() if math.isinf(norm_type) else (amounts**norm_type).sum()
+
+
+def _by_kind(gradients: list[Tensor]) -> list[list[Tensor]]:
+    kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        kinds[gradient.device, gradient.dtype].append(gradient)
+    return list(kinds.values())

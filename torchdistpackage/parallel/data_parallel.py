@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.dtensors import is_dtensor
 from torchdistpackage.parallel.fully_sharded import FullySharded, is_fully_sharded
 from torchdistpackage.runtime.backward import reachable_leaves
 from torchdistpackage.topology import tpc
@@ -51,6 +52,7 @@ class DDP(DistributedDataParallel):
 
     Raises:
         TopologyError: Process groups have not been set up.
+        PipelineError: A parameter is a DTensor, which torch's wrapper cannot hold.
 
     Example:
         >>> model = DDP(torch.nn.Sequential(*partition_uniform(layers)))
@@ -65,6 +67,11 @@ class DDP(DistributedDataParallel):
             self.module = module
             self.require_backward_grad_sync = True
             return
+        if any(is_dtensor(parameter) for parameter in module.parameters()):
+            raise PipelineError(
+                f"torch's DistributedDataParallel cannot hold DTensors, and {type(module).__name__} has some (tensor "
+                "parallelism): wrap it in NaiveDDP, or use Bf16ZeroOptimizer or fully_shard over the data group"
+            )
         super().__init__(module, process_group=process_group or tpc.get_group("data"), **options)
         self._passes_through = False
 

@@ -21,6 +21,7 @@ from typing import Any, final
 from torch import nn
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.dtensors import refuse_fused_shard
 
 __all__ = ["FullySharded", "is_fully_sharded"]
 
@@ -46,6 +47,8 @@ class FullySharded:
     """
 
     def __init__(self, module: Any) -> None:
+        for name, parameter in module.named_parameters():
+            refuse_fused_shard(name, parameter)
         self.module = module
         self._manual = hasattr(module, "set_manual_backward_finalization") and hasattr(module, "finalize_backward")
         if self._manual:
