@@ -82,7 +82,7 @@ def clip_grad_norm_(
         counted = [p for p in own if not tied.counts_elsewhere(p)]
         total = _total_norm(counted, whole, norm_type)
     with_grad = [p for p in own if p.grad is not None]
-    like = (with_grad or own or [total])[0]
+    like = (with_grad or own or [torch.empty(())])[0]
     total = total.to(dtype=like.dtype, device=like.device)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
