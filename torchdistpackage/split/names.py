@@ -152,11 +152,15 @@ def whole_model_names(stage: nn.Module) -> dict[str, str]:
     return {slot.local_name: slot.names[0] for slot in _named_slots(stage)}
 
 
-def whole_model_state_dict(stage: nn.Module) -> dict[str, torch.Tensor]:
+def whole_model_state_dict(stage: nn.Module, *, keep_vars: bool = False) -> dict[str, torch.Tensor]:
     """The state dict of a stage under whole-model names; the union over all stages is that of the model.
 
     Tensors are the stage's own, detached, not copies; buffers that are not persistent are left out; a layer with
     several names in the model appears under each. State dict hooks and extra state of modules are not part of it.
+
+    Args:
+        stage: Layers of one stage, as for `whole_model_names`.
+        keep_vars: As for `state_dict` of torch: the parameters themselves, which are not detached.
 
     Raises:
         SplitError: A layer that holds tensors was not made by `flatten_model` or `flatten_sequence`.
@@ -168,7 +172,7 @@ def whole_model_state_dict(stage: nn.Module) -> dict[str, torch.Tensor]:
         ['1.weight', '1.bias']
     """
     slots = [slot for slot in _named_slots(stage) if slot.persistent]
-    return {name: slot.tensor.detach() for slot in slots for name in slot.names}
+    return {name: slot.tensor if keep_vars else slot.tensor.detach() for slot in slots for name in slot.names}
 
 
 def load_whole_model_state_dict(stage: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchdistpackage.errors import TopologyError
+from torchdistpackage.topology.process_groups import communication_device, moves_cpu_tensors
 
 __all__ = ["broadcast_json", "gather_json"]
 
@@ -25,7 +26,7 @@ def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
     Args:
         value: What JSON can say.
-        group: Moves CPU tensors.
+        group: Of any backend; one that moves CPU tensors is used as such.
 
     Raises:
         TopologyError: What came is not JSON.
@@ -34,11 +35,11 @@ def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
         >>> gather_json({"rank": dist.get_rank()}, tpc.get_control_group("pipe"))  # doctest: +SKIP
         [{'rank': 0}, {'rank': 1}]
     """
-    mine = _encoded(value)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
-    dist.all_gather(lengths, torch.tensor([mine.numel()]), group=group)
+    mine, device = _encoded(value), _device(group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
+    dist.all_gather(lengths, torch.tensor([mine.numel()], device=device), group=group)
     sizes = [_checked(int(length)) for length in lengths]
-    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
     padded[: mine.numel()] = mine
     texts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(texts, padded, group=group)
@@ -50,19 +51,22 @@ def broadcast_json(value: Any, group: dist.ProcessGroup) -> Any:
 
     Args:
         value: What JSON can say; of the first rank, the others' do not matter.
-        group: Moves CPU tensors.
+        group: Of any backend; one that moves CPU tensors is used as such.
 
     Raises:
         TopologyError: What came is not JSON.
     """
     first, source = group.rank() == 0, dist.get_global_rank(group, 0)
-    text = _encoded(value) if first else torch.empty(0, dtype=torch.uint8)
-    length = torch.tensor([text.numel()])
+    text, device = _encoded(value) if first else torch.empty(0, dtype=torch.uint8), _device(group)
+    length = torch.tensor([text.numel()], device=device)
     dist.broadcast(length, src=source, group=group)
-    if not first:
-        text = torch.empty(_checked(int(length)), dtype=torch.uint8)
+    text = text.to(device) if first else torch.empty(_checked(int(length)), dtype=torch.uint8, device=device)
     dist.broadcast(text, src=source, group=group)
     return _decoded(text)
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    return torch.device("cpu") if moves_cpu_tensors(group) else communication_device(group)
 
 
 def _encoded(value: Any) -> Tensor:
@@ -71,7 +75,7 @@ def _encoded(value: Any) -> Tensor:
 
 def _decoded(text: Tensor) -> Any:
     try:
-        return json.loads(text.numpy().tobytes())
+        return json.loads(text.cpu().numpy().tobytes())
     except ValueError as error:
         raise TopologyError(f"a rank of the group has sent {text.numel()} bytes that are not JSON: {error}") from error
 
