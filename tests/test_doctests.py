@@ -8,7 +8,7 @@ import pytest
 
 import torchdistpackage
 
-WITHOUT_PROCESSES = ("errors", "schedule", "visualize", "runtime", "split", "topology.rank_table")
+WITHOUT_PROCESSES = ("errors", "schedule", "visualize", "runtime", "split", "tools", "topology.rank_table")
 
 
 def modules():

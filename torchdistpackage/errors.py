@@ -9,7 +9,8 @@
     │   └── DeadlockError    a plan in which ranks wait for each other for ever
     ├── TransportError       a message cannot be packed, sent, received or trusted
     ├── PipelineError        a step failed: which rank, stage, action and why
-    └── CheckpointError      a checkpoint is torn, foreign or does not fit
+    ├── CheckpointError      a checkpoint is torn, foreign or does not fit
+    └── NonFiniteError       a NaN or Inf arose in a module       (also a FloatingPointError)
 
 User mistakes are raised at construction, before anything runs; each message states the numbers and the next thing to
 try. A failure while a step runs reaches every rank of the pipeline: the rank that failed raises its own exception, the
@@ -23,6 +24,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "DeadlockError",
+    "NonFiniteError",
     "PipelineError",
     "ScheduleError",
     "SplitError",
@@ -91,3 +93,20 @@ class PipelineError(TorchDistError, RuntimeError):
 
 class CheckpointError(TorchDistError, RuntimeError):
     """A checkpoint is torn, foreign, or does not fit the model."""
+
+
+class NonFiniteError(TorchDistError, FloatingPointError):
+    """A NaN or Inf arose in a module; the message names module, pass, kind and how many there are.
+
+    Attributes:
+        module: Name of the module, "root" for the model; None if it came from outside.
+
+    Example:
+        >>> try:
+        ...     raise NonFiniteError("NaN in the output of module 'fc' (Linear) ...")
+        ... except FloatingPointError as error:
+        ...     print(error.module)
+        None
+    """
+
+    module: str | None = None
