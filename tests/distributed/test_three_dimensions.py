@@ -14,8 +14,10 @@ from torchdistpackage import (
     SplitError,
     clip_grad_norm_,
     forward_backward,
+    generate,
     local_stages,
     partition_causal_lm,
+    save_causal_lm,
     split_model,
     tpc,
 )
@@ -130,3 +132,24 @@ def fused_and_fully_sharded(rank, world):
 
 def test_fused_layers_refuse_a_second_cut_that_torch_cannot_name():
     run_distributed(fused_and_fully_sharded, 4)
+
+
+def write_and_save(rank, world, folder):
+    from transformers import AutoModelForCausalLM
+
+    start(2, config=[("pipe", 2), ("tensor", 2)])
+    model, (ids, mask) = language_model("Gemma", layers=4), padded(tokens=9)
+    parts = partition_causal_lm(copy.deepcopy(model), "1f1b")
+    for part in parts.values():
+        apply_tensor_parallel(part)
+    options = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
+    text = generate(parts, ids, attention_mask=mask, **options)
+    assert torch.equal(text, model.generate(ids, attention_mask=mask, **options))
+    save_causal_lm(parts, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_sharded_stages_write_text_and_files_of_the_whole_model(tmp_path):
+    run_distributed(write_and_save, 4, str(tmp_path / "saved"), timeout=90)
