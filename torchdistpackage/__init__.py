@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchdistpackage.errors import (
         CheckpointError,
         DeadlockError,
+        NonFiniteError,
         PipelineError,
         ScheduleError,
         SplitError,
@@ -24,9 +25,15 @@ if TYPE_CHECKING:
     )
     from torchdistpackage.parallel import (
         DDP,
+        Bf16ZeroOptimizer,
+        MoEDP,
+        NaiveDDP,
         PipelineGradScaler,
+        ShardedEMA,
+        apply_tensor_parallel,
         check_parts,
         clip_grad_norm_,
+        create_moe_dp_hooks,
         draw_last_step,
         flat_and_partition,
         flatten_model,
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
         last_timeline,
         load_causal_lm,
         local_stages,
+        moe_dp_iter_step,
         partition_balanced,
         partition_causal_lm,
         partition_chunks,
@@ -45,6 +53,7 @@ if TYPE_CHECKING:
         profile_stage_costs,
         save_causal_lm,
         split_model,
+        tensor_parallel_plan,
         tie_parameters,
     )
     from torchdistpackage.schedule import Routed
@@ -71,9 +80,20 @@ if TYPE_CHECKING:
         whole_model_names,
         whole_model_state_dict,
     )
+    from torchdistpackage.tools import (
+        find_nan,
+        fix_rand,
+        get_model_profile,
+        register_profile_hooks,
+        replace_all_module,
+        replace_linear_by_bminf,
+        replace_linear_by_bnb,
+        report_prof,
+    )
     from torchdistpackage.topology import (
         ParallelContext,
         find_free_port,
+        get_mp_ckpt_suffix,
         is_using_pp,
         setup_distributed,
         setup_node_groups,
@@ -87,14 +107,15 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "torchdistpackage.errors": (
-        "CheckpointError DeadlockError PipelineError ScheduleError SplitError TopologyError TorchDistError "
-        "TransportError"
+        "CheckpointError DeadlockError NonFiniteError PipelineError ScheduleError SplitError TopologyError "
+        "TorchDistError TransportError"
     ),
     "torchdistpackage.parallel": (
-        "DDP PipelineGradScaler check_parts clip_grad_norm_ draw_last_step flat_and_partition flatten_model "
-        "flatten_sequence forward_backward forward_eval generate last_plan last_timeline load_causal_lm local_stages "
-        "partition_balanced partition_causal_lm partition_chunks partition_uniform profile_stage_costs save_causal_lm "
-        "split_model tie_parameters"
+        "DDP Bf16ZeroOptimizer MoEDP NaiveDDP PipelineGradScaler ShardedEMA apply_tensor_parallel check_parts "
+        "clip_grad_norm_ create_moe_dp_hooks draw_last_step flat_and_partition flatten_model flatten_sequence "
+        "forward_backward forward_eval generate last_plan last_timeline load_causal_lm local_stages "
+        "moe_dp_iter_step partition_balanced partition_causal_lm partition_chunks partition_uniform "
+        "profile_stage_costs save_causal_lm split_model tensor_parallel_plan tie_parameters"
     ),
     "torchdistpackage.schedule": "Routed",
     "torchdistpackage.split": (
@@ -103,9 +124,13 @@ _HOME = {
         "generate_hf_model_fqn_per_model_part load_split_model load_whole_model_state_dict pipe_split pipeline "
         "split_causal_lm stage_ids_this_rank whole_model_names whole_model_state_dict"
     ),
+    "torchdistpackage.tools": (
+        "find_nan fix_rand get_model_profile register_profile_hooks replace_all_module replace_linear_by_bminf "
+        "replace_linear_by_bnb report_prof"
+    ),
     "torchdistpackage.topology": (
-        "ParallelContext find_free_port is_using_pp setup_distributed setup_node_groups test_comm "
-        "torch_parallel_context tpc"
+        "ParallelContext find_free_port get_mp_ckpt_suffix is_using_pp setup_distributed setup_node_groups "
+        "test_comm torch_parallel_context tpc"
     ),
     "torchdistpackage.trainer": "AutoPipeline AutoPipelineConfig PipelineInfo",
 }
@@ -118,11 +143,15 @@ __all__ = [
     "BaseBottomModel",
     "BaseTopModel",
     "BaseTrunkModel",
+    "Bf16ZeroOptimizer",
     "CheckpointError",
     "DeadlockError",
+    "MoEDP",
     "ModelFactory",
     "ModelRegistry",
     "ModelSplitter",
+    "NaiveDDP",
+    "NonFiniteError",
     "ParallelContext",
     "Pipe",
     "PipelineError",
@@ -131,18 +160,23 @@ __all__ = [
     "PipelineStage",
     "Routed",
     "ScheduleError",
+    "ShardedEMA",
     "SplitError",
     "SplitPoint",
     "TopologyError",
     "TorchDistError",
     "TransportError",
+    "apply_tensor_parallel",
     "calculate_virtual_stages",
     "check_parts",
     "clip_grad_norm_",
     "create_automatic_splitter",
     "create_manual_causal_lm_splitter",
+    "create_moe_dp_hooks",
     "draw_last_step",
     "find_free_port",
+    "find_nan",
+    "fix_rand",
     "flat_and_partition",
     "flatten_model",
     "flatten_sequence",
@@ -150,6 +184,8 @@ __all__ = [
     "forward_eval",
     "generate",
     "generate_hf_model_fqn_per_model_part",
+    "get_model_profile",
+    "get_mp_ckpt_suffix",
     "is_using_pp",
     "last_plan",
     "last_timeline",
@@ -157,6 +193,7 @@ __all__ = [
     "load_split_model",
     "load_whole_model_state_dict",
     "local_stages",
+    "moe_dp_iter_step",
     "partition_balanced",
     "partition_causal_lm",
     "partition_chunks",
@@ -164,12 +201,18 @@ __all__ = [
     "pipe_split",
     "pipeline",
     "profile_stage_costs",
+    "register_profile_hooks",
+    "replace_all_module",
+    "replace_linear_by_bminf",
+    "replace_linear_by_bnb",
+    "report_prof",
     "save_causal_lm",
     "setup_distributed",
     "setup_node_groups",
     "split_causal_lm",
     "split_model",
     "stage_ids_this_rank",
+    "tensor_parallel_plan",
     "test_comm",
     "tie_parameters",
     "torch_parallel_context",

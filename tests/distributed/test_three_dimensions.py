@@ -21,6 +21,7 @@ from torchdistpackage import (
     split_model,
     tpc,
 )
+from torchdistpackage.parallel.naive_ddp import NaiveDDP
 from torchdistpackage.parallel.tensor_parallel import apply_tensor_parallel
 from torchdistpackage.schedule import describe
 
@@ -104,7 +105,7 @@ def train(rank, world, build, schedule, data_parallel):
 
 
 def naive(stage):
-    return stage
+    return NaiveDDP(stage)
 
 
 def sharded(stage):

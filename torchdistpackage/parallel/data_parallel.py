@@ -12,31 +12,37 @@ chunks of one rank that share a parameter (a tie under v placement) are reduced 
 sum over the replicas must not be taken while one chunk still adds to it, nor be taken twice.
 
 Neighbours: `pipeline_sched.py` hands a reducer to each stage; `runtime/stage.py` calls it and knows only its protocol;
-`fully_sharded.py` has what modules need that torch's `fully_shard` was applied to.
+`replicated_modules.py`, `gradient_reduction.py`, `moe_data_parallel.py` and `fully_sharded.py` have what the members of
+the family want to be told: torch's wrappers, `NaiveDDP`, experts, and modules that `fully_shard` was applied to.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.dtensors import is_dtensor
 from torchdistpackage.parallel.fully_sharded import FullySharded, is_fully_sharded
-from torchdistpackage.runtime.backward import reachable_leaves
+from torchdistpackage.parallel.moe_data_parallel import ExpertsOfStep
+from torchdistpackage.parallel.naive_ddp import NaiveDDP
+from torchdistpackage.parallel.replicated_modules import (
+    Replicated,
+    TorchReplica,
+    is_torch_replica,
+    reduce_now,
+    tensors,
+)
 from torchdistpackage.topology import tpc
 
 __all__ = ["DDP", "DistributedDataParallelReducer"]
-
-_cut_off: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
 class DDP(DistributedDataParallel):
@@ -86,7 +92,8 @@ class DDP(DistributedDataParallel):
 class DistributedDataParallelReducer:
     """Finds the data-parallel modules of a stage and reduces them once, with the last backward.
 
-    Those are DistributedDataParallel wrappers, and modules that `fully_shard` was applied to.
+    Those are DistributedDataParallel wrappers, modules that `replicate` or `fully_shard` was applied to, `NaiveDDP`
+    wrappers, and experts of `create_moe_dp_hooks`; the last two are also looked for in a step of one micro-batch.
 
     They are found while the first micro-batch's forward runs, by a global hook that lives for that forward only: it
     does not matter how `fwd_fn` reaches them, whether it is a new closure every step, or which of several models this
@@ -102,7 +109,8 @@ class DistributedDataParallelReducer:
         self._family = [self]
         self._together: list[DistributedDataParallelReducer] = []
         self._complete = self._under_way = False
-        self._quiet: list[DistributedDataParallel] = []
+        self._experts = ExpertsOfStep(1)
+        self._quiet: list[Replicated] = []
         self._sharded: list[FullySharded] = []
         self._reached: frozenset[int] | None = None
         self._output: Any = None
@@ -121,19 +129,26 @@ class DistributedDataParallelReducer:
             >>> first, second = DistributedDataParallelReducer.of_chunks([None, None])
         """
         reducers = [cls(known, agree) for known in modules]
+        experts = ExpertsOfStep(len(reducers))
         for reducer in reducers:
-            reducer._family = reducers
+            reducer._family, reducer._experts = reducers, experts
         return reducers
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Surrounds the first forward of the step."""
+    def watch(self, only: bool = False) -> Iterator[None]:
+        """Surrounds the first forward of the step.
+
+        Args:
+            only: Whether it is the only one: torch's wrappers then work as they are.
+        """
+        self._experts.take()
+        silence = partial(self._silence, only=only)
         if self._modules is not None:
             for module in self._modules:
-                self._silence(module)
+                silence(module)
             yield
             return
-        search = _Search(self._silence)
+        search = _Search(silence)
         try:
             search.start()
             yield
@@ -154,7 +169,7 @@ class DistributedDataParallelReducer:
             parameters: If the backward is split, the ids of the parameters that its second half still reaches; the
                 others have all that they get, and `finish` says so to torch's reducer.
         """
-        if (self._quiet or self._sharded) and self._agree is not None:
+        if (self._quiet or self._sharded or self._experts) and self._agree is not None:
             self._agree()
             for reducer in self._family:
                 reducer._agree = None
@@ -163,10 +178,11 @@ class DistributedDataParallelReducer:
             sharded.arm(split=parameters is not None)
         self._reached, self._output = parameters, output
         self._together = self._connected()
+        self._experts.arm()
         if len(self._together) == 1:
             self._under_way = bool(self._quiet or self._sharded)
             for module in self._quiet:
-                _prepare(module, _tensors(output))
+                module.arm(tensors(output))
 
     def finish(self) -> None:
         """Comes after the last backward; torch's reducer has waited for its buckets at the end of that."""
@@ -174,38 +190,39 @@ class DistributedDataParallelReducer:
         while self._sharded:
             self._sharded[-1].finish()
             self._sharded.pop()
+        self._experts.finish()
         together = self._together or [self]
         if not all(reducer._complete for reducer in together):
             return  # the last of the chunks that share a parameter reduces for all of them
         self._under_way = True
         if len(together) > 1:
-            _reduce_now([module for reducer in together for module in reducer._quiet])
-        elif self._reached is not None:
+            reduce_now([module for reducer in together for module in reducer._quiet])
+        else:
             for module in self._quiet:
-                _report_ready(module, self._reached, self._output)
+                module.finish(self._reached, self._output)
         self._under_way = False
         for reducer in together:
-            reducer.cancel()
+            reducer._release()
 
     def cancel(self) -> bool:
         """Leaves the user's modules as they were.
 
         Returns:
-            Whether it could: torch's reducer cannot be told to forget a reduction that has begun.
+            Whether it could: a reduction that has begun cannot be forgotten.
         """
-        whole, self._under_way = not self._under_way, False
+        whole, self._under_way = not (self._under_way or self._experts.under_way), False
+        self._experts.cancel(whole=whole)
+        self._release(whole)
+        return whole
+
+    def _release(self, whole: bool = True) -> None:
         for module in self._quiet:
-            if not whole:
-                _cut_off.add(module)
-                module.reducer._remove_autograd_hooks()  # it would go on in the backwards of another wrapper
-            module.require_backward_grad_sync = True
-            module.require_forward_param_sync = True  # the quiet forwards have turned it off
+            module.release(whole=whole)
         for sharded in self._sharded:
             sharded.cancel()
         self._quiet, self._sharded = [], []
         self._reached = self._output = None
         self._together, self._complete = [], False
-        return whole
 
     def _connected(self) -> list[DistributedDataParallelReducer]:
         """This chunk and those that share parameters with it, directly or by way of others, in the model's order."""
@@ -219,10 +236,12 @@ class DistributedDataParallelReducer:
         return [reducer for reducer in self._family if reducer in found]
 
     def _parameters(self) -> set[int]:
-        return {id(p) for module in self._quiet for p in _trainable(module)}
+        return {id(p) for module in self._quiet for p in module.parameters()}
 
-    def _silence(self, module: nn.Module) -> None:
-        if not isinstance(module, DistributedDataParallel):
+    def _silence(self, module: nn.Module, *, only: bool = False) -> None:
+        if only and not isinstance(module, NaiveDDP):
+            return
+        if not (isinstance(module, NaiveDDP) or is_torch_replica(module)):
             if any(module is sharded.module for reducer in self._family for sharded in reducer._sharded):
                 raise PipelineError(
                     f"one fully sharded {type(module).__name__} runs several stages of this rank; apply fully_shard to "
@@ -230,88 +249,18 @@ class DistributedDataParallelReducer:
                 )
             self._sharded.append(FullySharded(module))
             return
-        if module in _cut_off:
-            raise PipelineError(
-                "a failure has cut off the reduction of this DistributedDataParallel wrapper, and torch cannot take it "
-                "up again: wrap its module anew"
-            )
-        if any(module is quiet for reducer in self._family for quiet in reducer._quiet):
-            if not any(module is quiet for quiet in self._quiet):
-                self._quiet.append(module)  # one module runs several chunks
+        known = [quiet for reducer in self._family for quiet in reducer._quiet if quiet.module is module]
+        if known:
+            if known[0] not in self._quiet:
+                self._quiet.append(known[0])  # one module runs several chunks
             return
-        if not module.require_backward_grad_sync or getattr(module, "_passes_through", False):
-            return  # the user is inside of no_sync() and reduces later; or there is nothing to reduce
-        if module.static_graph:
-            raise PipelineError(
-                "DistributedDataParallel(static_graph=True) counts the backwards of its first step and cannot be "
-                "pipelined with several micro-batches; use static_graph=False (find_unused_parameters=True if some "
-                "parameters get no gradient)"
-            )
-        module.require_backward_grad_sync = False
-        self._quiet.append(module)
-
-
-# --- what torch's reducer is told -------------------------------------------------------------------------------------
-
-
-def _prepare(module: DistributedDataParallel, roots: list[Tensor]) -> None:
-    """Arms torch's reducer: the next gradient of each parameter, or its absence from the roots' graph, counts."""
-    module.require_backward_grad_sync = True
-    module.require_forward_param_sync = True
-    module.reducer.prepare_for_backward(roots if module.find_unused_parameters else [])
-
-
-def _report_ready(module: DistributedDataParallel, reached: frozenset[int], output: Any) -> None:
-    """Reports the gradients that became complete before the reducer was armed.
-
-    A parameter without a gradient, which the last micro-batch did not use either, is left for torch to complain of.
-    """
-    ready = [p for p in _trainable(module) if id(p) not in reached]
-    if module.find_unused_parameters or any(p.grad is None for p in ready):
-        used = {id(leaf) for leaf in reachable_leaves(_tensors(output))}
-        ready = [p for p in ready if id(p) in used or not (module.find_unused_parameters or p.grad is None)]
-    _add_nothing(ready)
-
-
-def _reduce_now(modules: Sequence[DistributedDataParallel]) -> None:
-    """Reduces gradients that are complete, one module after the other, each parameter with the first that has it.
-
-    For the modules after that its gradient is out of the way: a sum over the replicas, or a lossy hook of the user's,
-    must not be applied to what is reduced already.
-    """
-    done: set[int] = set()
-    for module in dict.fromkeys(modules):
-        own = _trainable(module)
-        aside = [(p, p.grad) for p in own if id(p) in done]
-        if len(aside) == len(own):
-            continue
-        for parameter, _ in aside:
-            parameter.grad = None
-        ready = [p for p in own if p.grad is not None or id(p) in done]
-        with torch.enable_grad():
-            _prepare(module, [p.view_as(p) for p in ready])
-        _add_nothing(ready)
-        for parameter, gradient in aside:
-            parameter.grad = gradient
-        done |= {id(p) for p in own}
-
-
-def _add_nothing(parameters: list[Tensor]) -> None:
-    """A backward that adds zero to the gradients of these leaves, which runs the reducer's hooks; costs no memory."""
-    zeros = [
-        torch.zeros_like(p.grad) if p.grad is not None and p.grad.is_sparse else p.new_zeros(()).expand_as(p)
-        for p in parameters
-    ]
-    if parameters:
-        torch.autograd.backward(parameters, zeros)
-
-
-def _trainable(module: DistributedDataParallel) -> list[Tensor]:
-    return [p for p in module.module.parameters() if p.requires_grad]
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        if isinstance(module, NaiveDDP):
+            ours = module.of_step()
+            self._quiet += [] if ours is None else [ours]
+            return
+        replica = TorchReplica(module)
+        if not replica.is_idle:
+            self._quiet.append(replica)
 
 
 class _Search:
@@ -342,7 +291,7 @@ class _Search:
             self._hook = None
 
     def _look(self, module: nn.Module, _: Any) -> None:
-        known = isinstance(module, DistributedDataParallel) or is_fully_sharded(module)
+        known = isinstance(module, NaiveDDP) or is_torch_replica(module) or is_fully_sharded(module)
         if known and torch.is_grad_enabled():
             self._found(module)
             self._pause()

@@ -1,5 +1,7 @@
 """Data parallelism around a pipeline: torch's `fully_shard`, whose gradients are reduced exactly once a step.
 
+So is the newer of torch's two `replicate`, in `replicate_with_fsdp`, which is a `fully_shard` without shards.
+
 Left alone, a fully sharded module reduces its gradients in every backward: once a micro-batch. Here it only adds them
 up until the stage's last backward, and reduces while that runs; torch's word for it is gradient synchronization::
 

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchdistpackage.errors import PipelineError
@@ -57,7 +56,7 @@ def forward_backward(
     memory_limit: float | None = None,
     loss_reduction: str = "mean",
     broadcast_loss: bool = False,
-    data_parallel: DistributedDataParallel | Sequence[DistributedDataParallel] | None = None,
+    data_parallel: nn.Module | Sequence[nn.Module] | None = None,
     record_timeline: bool = False,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Any:
@@ -93,8 +92,8 @@ def forward_backward(
         loss_reduction: `"mean"`: loss and gradients are those of the full batch's mean loss, uneven micro-batches
             included. `"sum"`: those of the sum over the micro-batches.
         broadcast_loss: Return on every rank what the last stage returns.
-        data_parallel: The DistributedDataParallel modules that `fwd_fn` uses, with several chunks an entry for each;
-            None to find them.
+        data_parallel: The data-parallel modules that `fwd_fn` uses (DDP, NaiveDDP, fully_shard, replicate), with
+            several chunks an entry for each; None to find them.
         record_timeline: Measure when every action of this step ran on every rank, on one clock: see `last_timeline` and
             `draw_last_step`.
         scaler: Scales the loss for float16, on the stage that has it: a `PipelineGradScaler`, on every rank. What is

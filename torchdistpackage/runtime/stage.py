@@ -46,8 +46,12 @@ Gradients = list[Tensor | None] | dict[int, list[Tensor | None]] | None  # by de
 class GradientReducer(Protocol):
     """Reduces a stage's gradients over its data-parallel replicas, once a step; handed in by `parallel/`."""
 
-    def watch(self) -> AbstractContextManager[object]:
-        """Surrounds the first forward of the step: finds what has to be reduced and keeps it quiet until `arm`."""
+    def watch(self, only: bool) -> AbstractContextManager[object]:
+        """Surrounds the first forward of the step: finds what has to be reduced and keeps it quiet until `arm`.
+
+        Args:
+            only: Whether it is the only forward of the step: what reduces in every backward then works as it is.
+        """
 
     def arm(self, output: Any, parameters: frozenset[int] | None) -> None:
         """Comes right before the last backward of the step, so that reduction overlaps with it.
@@ -148,8 +152,8 @@ class Stage:
             message: From the stage before; None on the first stage.
             own: This stage's slices of its own inputs.
             far: From stages further before, first one first; the function gets their values in front of the others.
-            only: Whether this is the one micro-batch of the step that has rows: data-parallel wrappers then work as
-                they are.
+            only: Whether this is the one micro-batch of the step that has rows: torch's data-parallel wrappers then
+                work as they are.
             last: Whether its backward will be the stage's last one of the step.
 
         Returns:
@@ -163,9 +167,9 @@ class Stage:
         came = [value for each in far for value in _received(each, leaves, aliases)] if far else []
         arguments = own if message is None else [*came, *_received(message, leaves, aliases), *own]
         argument = arguments[0] if len(arguments) == 1 else arguments
-        if self.reducer is not None and not self._watched and not only:
+        if self.reducer is not None and not self._watched:
             self._watched = True
-            with self.reducer.watch():
+            with self.reducer.watch(only):
                 output = self._forward_fn(argument)
         else:
             output = self._forward_fn(argument)

@@ -4,6 +4,7 @@
 `rank_table.py`         arithmetic: the groups of every rank, without torch
 `process_groups.py`     makes and destroys torch process groups
 `context.py`            `tpc`, this rank's place in every group
+`checkpoint_suffix.py`  a file name of its own for every rank that holds other weights
 `launch.py`             `setup_distributed`: torchrun, SLURM or one process
 `comm_check.py`         `test_comm`: does every group and link work, and how fast
 ======================  =====================================================================
@@ -11,6 +12,7 @@
 
 from __future__ import annotations
 
+from torchdistpackage.topology.checkpoint_suffix import get_mp_ckpt_suffix
 from torchdistpackage.topology.comm_check import CommReport, test_comm
 from torchdistpackage.topology.context import ParallelContext, is_using_pp, torch_parallel_context, tpc
 from torchdistpackage.topology.launch import find_free_port, setup_distributed
@@ -22,6 +24,7 @@ __all__ = [
     "ParallelContext",
     "RankTable",
     "find_free_port",
+    "get_mp_ckpt_suffix",
     "is_using_pp",
     "rank_table",
     "setup_distributed",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchdistpackage.parallel.naive_ddp import NaiveDDP
 from torchdistpackage.split.pipeline_stage import PipelineStage
 
 __all__ = ["ParameterCounts", "count_parameters", "describe_stages", "stage_modules"]
@@ -88,4 +89,4 @@ def _outermost(part: nn.Module) -> list[str]:
 
 
 def _without_wrapper(part: nn.Module) -> nn.Module:
-    return part.module if isinstance(part, DistributedDataParallel) else part
+    return part.module if isinstance(part, (DistributedDataParallel, NaiveDDP)) else part
