@@ -11,7 +11,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from torchdistpackage import (
+    Bf16ZeroOptimizer,
+    NaiveDDP,
     SplitError,
+    apply_tensor_parallel,
     clip_grad_norm_,
     forward_backward,
     generate,
@@ -21,8 +24,6 @@ from torchdistpackage import (
     split_model,
     tpc,
 )
-from torchdistpackage.parallel.naive_ddp import NaiveDDP
-from torchdistpackage.parallel.tensor_parallel import apply_tensor_parallel
 from torchdistpackage.schedule import describe
 
 timm = pytest.importorskip("timm")
@@ -133,6 +134,36 @@ def fused_and_fully_sharded(rank, world):
 
 def test_fused_layers_refuse_a_second_cut_that_torch_cannot_name():
     run_distributed(fused_and_fully_sharded, 4)
+
+
+def train_sharded_optimizer(rank, world, build, schedule):
+    start(2, config=GRID)
+    model, stages, inputs, labels, loss = build(schedule)
+    parameters = [p for stage in stages.values() for p in apply_tensor_parallel(stage).parameters()]
+    optimizers = (
+        Bf16ZeroOptimizer(torch.optim.AdamW(parameters, lr=0.01)),
+        torch.optim.AdamW(model.parameters(), lr=0.01),
+    )
+    replica = slice(3 * tpc.get_dp_rank(), 3 * tpc.get_dp_rank() + 3)
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        step(stages, tuple(x[replica] for x in inputs), labels[replica], loss, schedule)
+        output = model(inputs[0]) if len(inputs) == 1 else model(inputs[0], attention_mask=inputs[1]).logits
+        loss(output, labels).backward()
+        norms = clip_grad_norm_(parameters, 0.1), nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        torch.testing.assert_close(norms[0], norms[1])
+        for optimizer in optimizers:
+            optimizer.step()
+    wanted = dict(model.named_parameters())
+    for stage in stages.values():
+        for name, parameter in stage.named_parameters():
+            torch.testing.assert_close(whole(parameter), wanted[name], msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("build", [vision, language])
+def test_a_sharded_optimizer_in_three_dimensions(build):
+    run_distributed(train_sharded_optimizer, 8, build, "zb-v", timeout=150)
 
 
 def write_and_save(rank, world, folder):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from torchdistpackage.parallel.dtensors import (
     sharding_groups,
 )
 from torchdistpackage.parallel.pipeline_state import guarded
+from torchdistpackage.parallel.sharded_gradients import holder, holders
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.process_groups import communication_device
@@ -48,6 +49,7 @@ def clip_grad_norm_(
     Over the tensor group: if any rank has DTensors over it (`apply_tensor_parallel`, `TpMlp`, torch's
     `parallelize_module`), those say how they are sharded, and all other parameters are whole on every rank and count
     once. If there are none, every rank's parameters count, as shards, but for those that are named in `replicated`.
+    Gradients that a `Bf16ZeroOptimizer` holds are reduced first, and count over its group.
 
     Args:
         parameters: This rank's parameters, of all of its chunks; those without a gradient count nothing.
@@ -72,24 +74,30 @@ def clip_grad_norm_(
     """
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     own = list({id(parameter): parameter for parameter in given}.values())  # chunks of one rank may share some
-    tied, whole = ties(), {id(p) for p in replicated}
+    tied, whole, sharded = ties(), {id(p) for p in replicated}, holders(own)
     with guarded("clip_grad_norm_"):
         norm_type = float(norm_type)
         if not norm_type > 0:
             raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
+        for holding in sharded:
+            holding.settle()
         for parameter in own:
             settle_gradient(parameter)
         counted = [p for p in own if not tied.counts_elsewhere(p)]
-        total = _total_norm(counted, whole, norm_type)
-    with_grad = [p for p in own if p.grad is not None]
-    like = (with_grad or own or [torch.empty(())])[0]
+        held = {at: norm for holding in sharded for at, norm in holding.norms(counted, norm_type).items()}
+        total = _total_norm(counted, whole, held, norm_type)
+    with_grad = [p for p in own if p.grad is not None and holder(p) is None]
+    like = [*(holding.like() for holding in sharded), *with_grad, *own, torch.empty(())][0]
     total = total.to(dtype=like.dtype, device=like.device)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"the total norm of order {norm_type} of the gradients is {total.item()}, on every rank; find the layer "
             "that made it, or pass error_if_nonfinite=False to clip all the same"
         )
-    _scale([local_tensor(p.grad) for p in with_grad], max_norm, total)
+    scaled = [tensor for holding in sharded for tensor in holding.with_gradients(own)]
+    _scale([local_tensor(tensor.grad) for tensor in [*with_grad, *scaled]], max_norm, total)
+    for holding in sharded:
+        holding.remember()
     return total
 
 
@@ -111,8 +119,8 @@ class _Shards:
     plain: list[Tensor] = field(default_factory=list)  # no DTensor over the tensor group: nothing says which
 
 
-def _total_norm(parameters: list[Tensor], whole: set[int], norm_type: float) -> Tensor:
-    """The whole model's norm, in float64.
+def _total_norm(parameters: list[Tensor], whole: set[int], held: Mapping[int, Tensor], norm_type: float) -> Tensor:
+    """The whole model's norm, in float64; `held` has the norms of gradients that an optimizer holds, by parameter.
 
     Powers are added in float64, parameter by parameter: a large norm's power must not overflow, and where the model is
     cut must not change a bit of the result. Whether plain tensors are shards is known once all ranks have told each
@@ -122,7 +130,7 @@ def _total_norm(parameters: list[Tensor], whole: set[int], norm_type: float) -> 
     first = tpc.get_group_size("tensor") == 1 or tpc.get_group_rank("tensor") == 0
     op = dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM
     amounts = torch.zeros(4, dtype=torch.float64, device=device)  # certain, plain as shards, plain as whole, said so
-    for shards in _sorted_by_sharding(parameters, whole):
+    for shards in _sorted_by_sharding(parameters, whole, held):
         mine = [shards.sharded + (shards.whole if first else []), shards.plain, shards.plain if first else []]
         part = torch.stack([_amount(gradients, norm_type, device) for gradients in mine])
         for group in shards.groups:
@@ -136,15 +144,16 @@ def _total_norm(parameters: list[Tensor], whole: set[int], norm_type: float) -> 
     return torch.maximum(amounts[0], plain) if infinite else (amounts[0] + plain) ** (1.0 / norm_type)
 
 
-def _sorted_by_sharding(parameters: list[Tensor], whole: set[int]) -> list[_Shards]:
+def _sorted_by_sharding(parameters: list[Tensor], whole: set[int], held: Mapping[int, Tensor]) -> list[_Shards]:
     """By parameters, not by gradients: ranks of a group must agree on what is to be reduced, in one order."""
     found: dict[tuple[str, ...], _Shards] = {}
     for parameter in parameters:
         sharded, groups = is_sharded_over_tensor_group(parameter), tuple(sharding_groups(parameter))
         shards = found.setdefault(tuple(group.group_name for group in groups), _Shards(groups))
-        if parameter.grad is None:
+        norm = held.get(id(parameter))  # stands for its gradient: it is a number's own norm
+        if norm is None and (parameter.grad is None or holder(parameter) is not None):
             continue
-        local = local_tensor(parameter.grad).detach()
+        local = local_tensor(parameter.grad).detach() if norm is None else norm
         if id(parameter) in whole or sharded is False:
             shards.whole.append(local)
         else:

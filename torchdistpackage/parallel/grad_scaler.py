@@ -9,6 +9,7 @@ anyone acts on it; like `clip_grad_parallel.py` next door, this is collective ov
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import final
 
 import torch
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.pipeline_state import guarded
+from torchdistpackage.parallel.zero import Bf16ZeroOptimizer
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.process_groups import communication_device
 
@@ -92,11 +94,18 @@ class PipelineGradScaler(torch.amp.GradScaler):
         all the same, as torch takes none for a missing check.
         """
         unscale = super()._unscale_grads_
-        if not any(map(tpc.is_mode_inited, _MODES)):
+        sharded = optimizer if isinstance(optimizer, Bf16ZeroOptimizer) else None
+        groups = [tpc.get_group(mode) for mode in _MODES if tpc.is_mode_inited(mode)]
+        groups += [group for group in (sharded.shards.groups if sharded else []) if group not in groups]
+        if not groups:
+            if sharded:
+                sharded.settle()
             return unscale(optimizer, inv_scale, found_inf, allow_fp16)
-        with guarded("PipelineGradScaler"):
+        with guarded("PipelineGradScaler") if tpc._is_inited("global") else nullcontext():
+            if sharded:
+                sharded.settle()
             own = unscale(optimizer, inv_scale, found_inf, allow_fp16)
-            found, scaled = self._agree(own, found_inf)
+            found, scaled = self._agree(own, found_inf, groups)
         if self._presumed:  # read once only: a GPU would have to be waited for
             if not scaled.item():
                 raise PipelineError(
@@ -106,14 +115,14 @@ class PipelineGradScaler(torch.amp.GradScaler):
             self._presumed = False
         return {device: found.to(device) for device in own or [found_inf.device]}
 
-    def _agree(self, own: dict[torch.device, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    def _agree(
+        self, own: dict[torch.device, Tensor], like: Tensor, groups: list[dist.ProcessGroup]
+    ) -> tuple[Tensor, Tensor]:
         """Whether any rank has found an infinite gradient, and whether any has scaled a loss; as numbers, 0 or 1."""
         found = torch.stack([one.to(like.device) for one in own.values()] or [like]).amax()
         scaled = torch.full_like(found, not self._presumed)
         votes = torch.stack([found, scaled])
-        for mode in _MODES:
-            if tpc.is_mode_inited(mode):
-                group = tpc.get_group(mode)
-                votes = votes.to(communication_device(group))
-                dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+        for group in groups:
+            votes = votes.to(communication_device(group))
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
         return votes[0], votes[1]

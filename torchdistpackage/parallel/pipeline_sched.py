@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.data_parallel import DistributedDataParallelReducer
 from torchdistpackage.parallel.measure import measure_step
-from torchdistpackage.parallel.pipeline_state import PipelineState, current_state
+from torchdistpackage.parallel.pipeline_state import PipelineState, current_state, running_step
 from torchdistpackage.parallel.step_plan import AutoPlan, is_auto, resolve_plan
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.runtime.backward import BackwardFn
@@ -138,7 +138,7 @@ def forward_backward(
             recorder = Recorder(transport.device)
         if optimizer is not None:
             optimizer.zero_grad()
-    with torch.set_grad_enabled(not forward_only and torch.is_grad_enabled()):
+    with running_step(), torch.set_grad_enabled(not forward_only and torch.is_grad_enabled()):
         result = executor.run(
             work,
             mean=loss_reduction == "mean",

@@ -31,7 +31,16 @@ from torchdistpackage.topology import tpc
 from torchdistpackage.topology.launch import store_host
 from torchdistpackage.topology.pipeline_links import PipelineLinks
 
-__all__ = ["PipelineState", "current_state", "guarded", "draw_last_step", "last_plan", "last_timeline"]
+__all__ = [
+    "PipelineState",
+    "current_state",
+    "draw_last_step",
+    "guarded",
+    "last_plan",
+    "last_timeline",
+    "running_step",
+    "step_under_way",
+]
 
 _MOST_PLANS = 64  # a caller with a new number of micro-batches every step must not fill the memory
 
@@ -111,8 +120,29 @@ def guarded(action: str) -> Iterator[None]:
     Args:
         action: What it is, for messages to people.
     """
-    with current_state().transport.guard(action):
+    transport = current_state().transport
+    if transport.watchdog is not None:
+        transport.watchdog.start()  # there may not have been a step yet
+    with transport.guard(action):
         yield
+
+
+_steps: list[None] = []  # one entry for each step that runs
+
+
+@contextmanager
+def running_step() -> Iterator[None]:
+    """Surrounds the backwards of a step: who reduces gradients by hooks waits until it is over."""
+    _steps.append(None)
+    try:
+        yield
+    finally:
+        _steps.pop()
+
+
+def step_under_way() -> bool:
+    """Whether a step runs, so that gradients are not complete."""
+    return bool(_steps)
 
 
 def _connected(links: PipelineLinks) -> PipelineState:

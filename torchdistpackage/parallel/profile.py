@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.data_parallel import DistributedDataParallelReducer
 from torchdistpackage.parallel.measure import measure_step, stage_costs
-from torchdistpackage.parallel.pipeline_state import current_state
+from torchdistpackage.parallel.pipeline_state import current_state, running_step
 from torchdistpackage.parallel.step_plan import leanest_plan
 from torchdistpackage.runtime.backward import reachable_leaves
 from torchdistpackage.runtime.executor import ChunkWork, Executor
@@ -78,7 +78,7 @@ def profile_stage_costs(
         whole = leanest_plan(placement, transport.num_ranks, num_microbatches, len(functions))
         split = complete(split_backwards(without_communication(whole)))
     steps = []
-    with _untouched(functions) as guarded, torch.enable_grad():
+    with running_step(), _untouched(functions) as guarded, torch.enable_grad():
         for plan in (whole, split):
             executor = Executor(plan, transport)
             for number in range(repeats + 1):  # the first one warms up
