@@ -22,10 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchdistpackage.errors import CheckpointError, PipelineError
+from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.ema_agreement import common_layout, description
 from torchdistpackage.parallel.ema_exchange import Exchange, Stream
 from torchdistpackage.parallel.ema_layout import Entry, Segment
-from torchdistpackage.parallel.ema_tensors import differences, entries_of, flat, listed, local, named_tensors
+from torchdistpackage.parallel.ema_tensors import differences, entries_of, flat, listed, named_tensors
 from torchdistpackage.parallel.ema_whole import Blocks, Whole, bitwise_differences, part_of, unfit
 
 __all__ = ["ShardedEMA"]
@@ -99,7 +100,7 @@ class ShardedEMA:
             for one in self._segments
         ]
         self._buffers = {
-            index: local(tensors[entry.name].detach()).clone(memory_format=torch.contiguous_format)
+            index: local_tensor(tensors[entry.name].detach()).clone(memory_format=torch.contiguous_format)
             for index, entry in enumerate(entries)
             if not entry.is_parameter
         }
@@ -149,7 +150,7 @@ class ShardedEMA:
             else:
                 shard.copy_(value)
         for index, buffer in self._buffers.items():
-            buffer.copy_(local(tensors[self._layout.entries[index].name]))
+            buffer.copy_(local_tensor(tensors[self._layout.entries[index].name]))
         self._num_updates += 1
 
     def state_dict_shard(self) -> OrderedDict[str, Tensor]:
@@ -303,7 +304,7 @@ class ShardedEMA:
             with torch.no_grad():
                 tensors = named_tensors(model) if saved else {}
                 for name, value in saved.items():
-                    local(tensors[name]).copy_(value)
+                    local_tensor(tensors[name]).copy_(value)
 
     def verify_with_gt(self, ema_model: nn.Module) -> None:
         """Compares the parameters, bit by bit, with an average that was kept in the plain way. Collective.
@@ -334,7 +335,7 @@ class ShardedEMA:
         def look() -> None:
             tensors.update(self._tensors_of(model))
             if keep:
-                saved.update({one.name: local(tensors[one.name].detach()).clone() for one in layout.entries})
+                saved.update({one.name: local_tensor(tensors[one.name].detach()).clone() for one in layout.entries})
 
         self._exchange.together("copy_to", look)
         blocks = Blocks(layout, rank, tensors)
@@ -346,7 +347,7 @@ class ShardedEMA:
                 blocks.write(self._segments, self._shards)
         blocks.finish()
         for index, buffer in self._buffers.items():
-            local(tensors[layout.entries[index].name]).copy_(buffer)
+            local_tensor(tensors[layout.entries[index].name]).copy_(buffer)
 
     def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         tensors = named_tensors(model)

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from torchdistpackage.errors import CheckpointError
+from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.ema_exchange import Exchange
 from torchdistpackage.parallel.ema_layout import Box, Entry, Layout
-from torchdistpackage.parallel.ema_tensors import local, local_box
+from torchdistpackage.parallel.ema_tensors import local_box
 
 __all__ = ["common_layout", "description"]
 
@@ -31,7 +32,7 @@ def description(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> tupl
         box = local_box(entry.name, tensors[entry.name])
         boxes.append([box.offset, box.size])
     for entry in entries:
-        if not entry.is_parameter and local(tensors[entry.name]).shape != tensors[entry.name].shape:
+        if not entry.is_parameter and local_tensor(tensors[entry.name]).shape != tensors[entry.name].shape:
             raise CheckpointError(f"buffer {entry.name} is sharded; only whole buffers can be taken over")
     return hashlib.sha256("\n".join(_texts(entries)).encode()).hexdigest(), boxes
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Any, final
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchdistpackage.errors import CheckpointError, TopologyError
-from torchdistpackage.parallel.pipeline_state import guarded
+from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import gather_json
 from torchdistpackage.topology.process_groups import communication_device
@@ -117,9 +117,7 @@ class Exchange:
         Args:
             action: The method that waits; "" for making the average.
         """
-        return (
-            guarded(f"ShardedEMA.{action}" if action else "ShardedEMA") if tpc._is_inited("global") else nullcontext()
-        )
+        return guarded_if_set_up(f"ShardedEMA.{action}" if action else "ShardedEMA")
 
     def together(self, action: str, look: Callable[[], Any]) -> list[Any]:
         """What `look` returns on every rank. Collective.

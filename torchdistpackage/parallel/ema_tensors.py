@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from torchdistpackage.errors import CheckpointError, SplitError
+from torchdistpackage.parallel.dtensors import is_dtensor, local_tensor
 from torchdistpackage.parallel.ema_layout import Box, Entry, Layout
 from torchdistpackage.parallel.fully_sharded import is_fully_sharded
 from torchdistpackage.split.names import whole_model_state_dict
 
-__all__ = ["differences", "entries_of", "flat", "listed", "local", "local_box", "named_tensors"]
+__all__ = ["differences", "entries_of", "flat", "listed", "local_box", "named_tensors"]
 
 # Class of a wrapper -> where it keeps the module. By name: to import torch._dynamo, say, takes a second.
 _WRAPPERS = {
@@ -108,7 +109,7 @@ def _entry(names: tuple[str, ...], tensor: Tensor, dtype: torch.dtype | None, me
     is_parameter = isinstance(tensor, nn.Parameter)
     own = dtype if dtype is not None and is_parameter and tensor.is_floating_point() else tensor.dtype
     shape, order, placement = tuple(tensor.shape), tuple(range(tensor.dim())), ""
-    if hasattr(tensor, "to_local"):
+    if is_dtensor(tensor):
         shard: Any = tensor
         if shard.device_mesh not in meshes:
             meshes.append(shard.device_mesh)
@@ -119,11 +120,6 @@ def _entry(names: tuple[str, ...], tensor: Tensor, dtype: torch.dtype | None, me
     return Entry(names, shape, own, order, is_parameter, placement)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: of a DTensor its shard, of another one all."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def local_box(name: str, tensor: Tensor) -> Box:
     """The box of a DTensor that this rank holds.
 
@@ -132,7 +128,7 @@ def local_box(name: str, tensor: Tensor) -> Box:
     """
     shard: Any = tensor
     chunks = [] if any(one.is_partial() for one in shard.placements) else shard.__create_chunk_list__()
-    if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local(tensor).shape):
+    if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local_tensor(tensor).shape):
         raise CheckpointError(
             f"{name} is a DTensor with placements {tuple(shard.placements)}, of which this rank holds no plain block; "
             "redistribute it to Shard or Replicate placements first"
@@ -147,7 +143,7 @@ def flat(tensor: Tensor, order: Sequence[int]) -> Tensor:
         >>> flat(torch.arange(4).view(2, 2).T, (1, 0)).tolist()
         [0, 1, 2, 3]
     """
-    return local(tensor.detach()).permute(tuple(order)).reshape(-1)
+    return local_tensor(tensor.detach()).permute(tuple(order)).reshape(-1)
 
 
 def differences(layout: Layout, rank: int, tensors: Mapping[str, Tensor]) -> str:
@@ -171,8 +167,8 @@ def differences(layout: Layout, rank: int, tensors: Mapping[str, Tensor]) -> str
             continue
         if tuple(tensor.shape) != entry.shape:
             changed.append(f"{entry.name} is {tuple(tensor.shape)} and was {entry.shape}")
-        elif tuple(local(tensor).shape) != layout.box(index, rank).size:
-            now, then = tuple(local(tensor).shape), layout.box(index, rank).size
+        elif tuple(local_tensor(tensor).shape) != layout.box(index, rank).size:
+            now, then = tuple(local_tensor(tensor).shape), layout.box(index, rank).size
             changed.append(f"this rank's shard of {entry.name} is {now} and was {then}")
     return "; ".join([*texts, *([listed(changed, "; ")] if changed else [])])
 

@@ -12,9 +12,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.ema_exchange import Stream
 from torchdistpackage.parallel.ema_layout import Box, Layout, Segment
-from torchdistpackage.parallel.ema_tensors import flat, listed, local, local_box
+from torchdistpackage.parallel.ema_tensors import flat, listed, local_box
 
 __all__ = ["Blocks", "Whole", "bitwise_differences", "part_of", "unfit"]
 
@@ -86,7 +87,7 @@ class Blocks:
         for index, entry in enumerate(layout.entries):
             if not entry.is_parameter:
                 continue
-            own = local(tensors[entry.name].detach()).permute(entry.order)
+            own = local_tensor(tensors[entry.name].detach()).permute(entry.order)
             direct = own.dtype == entry.dtype and own.is_contiguous()
             values = own.view(-1) if direct else torch.empty(own.numel(), dtype=entry.dtype, device=own.device)
             if not direct:
@@ -137,7 +138,7 @@ def unfit(layout: Layout, state: Mapping[str, Tensor]) -> str:
     wrong = []
     for index, entry in enumerate(layout.entries):
         value = _first(state, entry.names)
-        if local(value) is not value:
+        if local_tensor(value) is not value:
             return f"{entry.name} is a DTensor in the state; pass whole tensors (value.full_tensor())"
         if tuple(value.shape) not in (entry.shape, layout.bounds(index).size):
             wrong.append(f"{entry.name} is {tuple(value.shape)} in the state and {entry.shape} in the model")
@@ -160,7 +161,7 @@ def bitwise_differences(layout: Layout, state: Mapping[str, Tensor], theirs: Map
         if name is None:
             found.append(f"{entry.name} is in the average only")
             continue
-        ours, value, bounds = state[entry.name], local(theirs[name].detach()), layout.bounds(index)
+        ours, value, bounds = state[entry.name], local_tensor(theirs[name].detach()), layout.bounds(index)
         if hasattr(theirs[name], "to_local"):
             ours = ours[local_box(name, theirs[name]).within(bounds)]
         elif tuple(value.shape) == entry.shape:

@@ -9,7 +9,6 @@ anyone acts on it; like `clip_grad_parallel.py` next door, this is collective ov
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import final
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchdistpackage.errors import PipelineError
-from torchdistpackage.parallel.pipeline_state import guarded
+from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
 from torchdistpackage.parallel.zero import Bf16ZeroOptimizer
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.process_groups import communication_device
@@ -101,7 +100,7 @@ class PipelineGradScaler(torch.amp.GradScaler):
             if sharded:
                 sharded.settle()
             return unscale(optimizer, inv_scale, found_inf, allow_fp16)
-        with guarded("PipelineGradScaler") if tpc._is_inited("global") else nullcontext():
+        with guarded_if_set_up("PipelineGradScaler"):
             if sharded:
                 sharded.settle()
             own = unscale(optimizer, inv_scale, found_inf, allow_fp16)

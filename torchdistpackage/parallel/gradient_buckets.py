@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.dtensors import is_dtensor, local_tensor
 
-__all__ = ["Bucket", "Slot", "bucket_layout", "dense", "local"]
+__all__ = ["Bucket", "Slot", "bucket_layout", "dense"]
 
 
 @final
@@ -120,9 +121,9 @@ class Slot:
         if gradient is None:
             self._base = None
         elif self._left is not None and self._left[0]() is gradient:
-            self._base, self._left = local(gradient).clone(), None
+            self._base, self._left = local_tensor(gradient).clone(), None
         elif self._base is not None and not self._is_as_seen(gradient):
-            if self._seen is not None and self._seen[0] is gradient and bool(local(gradient).any()):
+            if self._seen is not None and self._seen[0] is gradient and bool(local_tensor(gradient).any()):
                 raise PipelineError(
                     f"the gradient of {self.name} is a sum over the replicas to which this replica has added, and it "
                     "was changed in place before the next reduction: call reduce_gradients() before gradients are "
@@ -153,9 +154,9 @@ class Slot:
         if gradient is None or self.skipped:
             view.zero_()
             return
-        if is_distributed(gradient) and gradient.placements != parameter.placements:
+        if is_dtensor(gradient) and gradient.placements != parameter.placements:
             gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
-        part = dense(local(gradient))
+        part = dense(local_tensor(gradient))
         if not self.sums:
             # As DistributedDataParallel, to the bit.
             view.div_(replicas) if part is view else torch.mul(part, 1.0 / replicas, out=view)
@@ -176,11 +177,11 @@ class Slot:
             view.add_(dense(self._base))
         if as_view:
             parameter.grad = view
-        elif gradient is None or local(gradient).is_sparse:
+        elif gradient is None or local_tensor(gradient).is_sparse:
             parameter.grad = torch.empty_like(parameter)
-            local(parameter.grad).copy_(view)
+            local_tensor(parameter.grad).copy_(view)
         else:
-            local(gradient).copy_(view)
+            local_tensor(gradient).copy_(view)
 
     def settle(self) -> None:
         """Comes at the end of a reduction: what is there now is reduced."""
@@ -200,7 +201,7 @@ class Slot:
         gradient = self.gradient
         if gradient is None or self.skipped or (self.sums and not self.new):
             return None
-        part: Tensor = local(gradient)
+        part: Tensor = local_tensor(gradient)
         return part if self._base is None else part - self._base
 
     def add_base(self, amount: Tensor) -> Tensor:
@@ -228,9 +229,9 @@ class Bucket:
 
     def __init__(self, slots: Sequence[Slot], group: Any, *, sums: bool, as_view: bool) -> None:
         self.slots, self._group, self._sums = slots, group, sums
-        self._as_view = as_view and not is_distributed(slots[0].parameter)  # a DTensor's gradient is a DTensor
+        self._as_view = as_view and not is_dtensor(slots[0].parameter)  # a DTensor's gradient is a DTensor
         self._replicas = dist.get_world_size(group)
-        parts = [local(slot.parameter) for slot in slots]
+        parts = [local_tensor(slot.parameter) for slot in slots]
         self._dtype, self._device = parts[0].dtype, parts[0].device
         # The strides of the parameter, where those leave no holes.
         self._places = [(part.shape, torch.empty_like(part, device="meta").stride(), part.numel()) for part in parts]
@@ -334,8 +335,8 @@ def bucket_layout(slots: Sequence[Slot], cap: float) -> list[list[Slot]]:
     done: list[tuple[int, list[Slot]]] = []
     filling: dict[Any, tuple[int, int, list[Slot]]] = {}  # (position of the last one, bytes, slots)
     for position, slot in enumerate(slots):
-        part = local(slot.parameter)
-        kind = (part.dtype, part.device, is_distributed(slot.parameter))
+        part = local_tensor(slot.parameter)
+        kind = (part.dtype, part.device, is_dtensor(slot.parameter))
         size = part.numel() * part.element_size()
         last, filled, members = filling.get(kind, (0, 0, []))
         if members and filled + size > cap:
@@ -346,16 +347,6 @@ def bucket_layout(slots: Sequence[Slot], cap: float) -> list[list[Slot]]:
     return [members for _, members in sorted(done, key=lambda entry: entry[0])]
 
 
-def local(tensor: Any) -> Any:
-    """This rank's part of a tensor that is spread over ranks; any other as it is."""
-    return tensor.to_local() if is_distributed(tensor) else tensor
-
-
 def dense(tensor: Tensor) -> Tensor:
     """A sparse tensor as a dense one."""
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
-
-
-def is_distributed(tensor: Any) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(tensor, "to_local")

@@ -13,7 +13,7 @@ is reduced by the step. Neighbours: `gradient_reduction.py` has the machine, `mo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchdistpackage.errors import PipelineError, TopologyError
-from torchdistpackage.parallel.gradient_buckets import local
+from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.gradient_reduction import GradientReduction, ReductionOfStep, ReductionOptions
-from torchdistpackage.parallel.pipeline_state import guarded
+from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
 from torchdistpackage.parallel.sparse_gradients import sparse_parameters
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.process_groups import communication_device, initialised_world
 
-__all__ = ["NaiveDDP", "broadcast_tensors", "guarded_if_set_up", "source_rank"]
+__all__ = ["NaiveDDP", "broadcast_tensors", "source_rank"]
 
 
 @final
@@ -170,11 +170,6 @@ class NaiveDDP(nn.Module):
         raise PipelineError("a NaiveDDP cannot be copied or pickled, its module can: copy.deepcopy(model.module)")
 
 
-def guarded_if_set_up(action: str) -> AbstractContextManager[None]:
-    """Surrounds a collective: if a rank of a pipeline fails, all say which. Without `tpc` it does nothing."""
-    return guarded(action) if tpc._is_inited("global") else nullcontext()
-
-
 def source_rank(group: Any, wanted: int) -> int:
     """The global rank that a group starts from.
 
@@ -217,7 +212,7 @@ def broadcast_tensors(tensors: list[Tensor], group: Any, source: int) -> None:
     device = communication_device(group)
     with torch.no_grad():
         for tensor in tensors:
-            part = local(tensor.detach())
+            part = local_tensor(tensor.detach())
             # As bytes, since not every backend knows every dtype.
             flat = part.contiguous().reshape(-1).view(torch.uint8)
             moved = flat if flat.device.type == device.type else flat.to(device)

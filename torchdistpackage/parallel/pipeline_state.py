@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,11 @@ def guarded(action: str) -> Iterator[None]:
         transport.watchdog.start()  # there may not have been a step yet
     with transport.guard(action):
         yield
+
+
+def guarded_if_set_up(action: str) -> AbstractContextManager[None]:
+    """`guarded`, for what also works without `tpc`: there it does nothing."""
+    return guarded(action) if tpc._is_inited("global") else nullcontext()
 
 
 _steps: list[None] = []  # one entry for each step that runs

@@ -19,6 +19,7 @@ from typing import Any, final
 import torch
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.split.names import TiedParameter, ties_in
@@ -159,7 +160,6 @@ def _state(tie: TiedParameter, known: Collection[int]) -> str:
 
 def _sums(tie: TiedParameter) -> tuple[float, float]:
     """The sum of a parameter, and that of its sizes; of one that is sharded over replicas, of this rank's rows."""
-    tensor = tie.parameter.detach()
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    tensor = local_tensor(tie.parameter.detach())
     total = tensor.sum(dtype=torch.float64).item()  # without a copy of the whole in float64
     return total, torch.linalg.vector_norm(tensor, 1, dtype=torch.float64).item()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.parallel.tied_ends import TiedEnds
 from torchdistpackage.runtime.message import Kind, flatten
@@ -194,21 +195,16 @@ class TiedParameters:
 
 def _value(tie: _Tie) -> Tensor | None:
     parameter = tie.parameter()
-    return None if parameter is None else _local(parameter.detach())
+    return None if parameter is None else local_tensor(parameter.detach())
 
 
 def _take_value(parameter: Tensor, found: list[Tensor]) -> None:
-    _local(parameter.detach()).copy_(found[0])
+    local_tensor(parameter.detach()).copy_(found[0])
 
 
 def _gradient(tie: _Tie) -> Tensor | None:
     parameter = tie.parameter()
-    return None if parameter is None or parameter.grad is None else _local(parameter.grad)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a parameter that is sharded over its replicas: the other holders' are of the same rows."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return None if parameter is None or parameter.grad is None else local_tensor(parameter.grad)
 
 
 def _take_sum(parameter: Tensor, found: list[Tensor]) -> None:
@@ -217,12 +213,12 @@ def _take_sum(parameter: Tensor, found: list[Tensor]) -> None:
     total = found[0].clone()
     for gradient in found[1:]:
         total += gradient
-    if parameter.grad is None and _local(parameter) is parameter:
+    if parameter.grad is None and local_tensor(parameter) is parameter:
         parameter.grad = total
         return
     if parameter.grad is None:
         parameter.grad = torch.empty_like(parameter.detach())
-    _local(parameter.grad).copy_(total)  # in place: it may be a view into a bucket
+    local_tensor(parameter.grad).copy_(total)  # in place: it may be a view into a bucket
 
 
 _current: list[tuple[Any, TiedParameters]] = []

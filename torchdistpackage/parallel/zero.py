@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
 
@@ -41,7 +41,7 @@ from torch import Tensor
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.clip_grad_parallel import clip_grad_norm_
-from torchdistpackage.parallel.pipeline_state import guarded
+from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
 from torchdistpackage.parallel.sharded_gradients import register
 from torchdistpackage.parallel.zero_arguments import check_arguments, check_optimizer, check_parameters
 from torchdistpackage.parallel.zero_group import ShardGroup
@@ -175,7 +175,7 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._guard("Bf16ZeroOptimizer.step"):
+        with guarded_if_set_up("Bf16ZeroOptimizer.step"):
             self.settle()
             self._layout.refresh()
             result = self.optim.step()
@@ -227,7 +227,7 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
             >>> optimizer.reduce_gradients()
             >>> largest = max((p.grad.abs().max() for g in optimizer.param_groups for p in g["params"]), default=0)
         """
-        with self._guard("Bf16ZeroOptimizer.reduce_gradients"):
+        with guarded_if_set_up("Bf16ZeroOptimizer.reduce_gradients"):
             self.settle()
 
     @contextmanager
@@ -302,7 +302,7 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         """
         if to not in ("first", "all"):
             raise PipelineError(f"to must be 'first' or 'all', got {to!r}")
-        with self._guard("Bf16ZeroOptimizer.state_dict"):
+        with guarded_if_set_up("Bf16ZeroOptimizer.state_dict"):
             named = [
                 {key: value for key, value in group.items() if key != "params"}
                 | ({"param_names": list(names)} if names else {})
@@ -388,10 +388,6 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         return ShardedState(
             self.optim, self._gradients.members, self._gradients.buckets, self.shards, counts, self.partition
         )
-
-    @staticmethod
-    def _guard(action: str) -> AbstractContextManager[None]:
-        return guarded(action) if tpc._is_inited("global") else nullcontext()
 
 
 def _register(optimizer: weakref.ref[Bf16ZeroOptimizer], parameter: Tensor) -> None:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.zero_group import ShardGroup, Sum
 from torchdistpackage.parallel.zero_layout import BucketLayout
 
-__all__ = ["Bucket", "Member", "Piece", "local_tensor"]
+__all__ = ["Bucket", "Member", "Piece"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -234,11 +235,6 @@ class Bucket:
         for slot, member in self.slots if flat.numel() else ():
             if member.present:
                 _write(member.local(), slot.start, slot.stop, flat[slot.at : slot.at + slot.numel])
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, or the tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _write(target: Tensor, start: int, stop: int, values: Tensor) -> None:

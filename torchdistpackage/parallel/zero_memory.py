@@ -8,7 +8,7 @@ from typing import final
 
 from torch import Tensor
 
-from torchdistpackage.parallel.zero_buckets import local_tensor
+from torchdistpackage.parallel.dtensors import local_tensor
 
 __all__ = ["ShardMemory", "distinct_bytes"]
 

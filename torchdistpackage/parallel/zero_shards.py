@@ -12,7 +12,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from torchdistpackage.parallel.zero_buckets import HALF, Bucket, Member, local_tensor
+from torchdistpackage.parallel.dtensors import local_tensor
+from torchdistpackage.parallel.zero_buckets import HALF, Bucket, Member
 from torchdistpackage.parallel.zero_layout import BucketLayout, by_elements, by_parameters
 from torchdistpackage.parallel.zero_reduce import GradientShards
 
