@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from torchdistpackage import setup_distributed
-from torchdistpackage.parallel.zero import Bf16ZeroOptimizer
+from torchdistpackage import Bf16ZeroOptimizer, NaiveDDP, ShardedEMA, setup_distributed
 
 MIB = 2**20
 BUCKET = 4_000_000  # elements: 16 MB of float32
@@ -46,6 +46,7 @@ class Kept(NamedTuple):
     gradients: int
     master: int
     state: int
+    average: int = 0
 
 
 class Row(NamedTuple):
@@ -61,14 +62,17 @@ def make_model(setting: Setting, dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(*[module for pair in pairs for module in pair]).to(setting.device, dtype)
 
 
-def train(model: nn.Module, optimizer: Any, setting: Setting, dtype: torch.dtype) -> Callable[[], Any]:
-    """One step of a user's loop."""
+def train(
+    model: nn.Module, optimizer: Any, setting: Setting, dtype: torch.dtype, after: Sequence[Callable[[], Any]] = ()
+) -> Callable[[], Any]:
+    """One step of a user's loop; `after` is what follows the backward, if not only the optimizer's step."""
     x = torch.randn(setting.rows, setting.width, device=setting.device, dtype=dtype)
 
     def step() -> None:
         optimizer.zero_grad()
         model(x).square().mean().backward()
-        optimizer.step()
+        for call in after or [optimizer.step]:
+            call()
 
     return step
 
@@ -81,12 +85,44 @@ def plain(setting: Setting) -> Row:
     model = make_model(setting, torch.float32)
     wrapped = DistributedDataParallel(model, process_group=setting.group, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    return Row(train(wrapped, optimizer, setting, torch.float32), lambda: whole(model, optimizer))
 
-    def kept() -> Kept:
-        state = [value for entry in optimizer.state.values() for value in entry.values()]
-        return Kept(size(model.parameters()), size(p.grad for p in model.parameters()), 0, size(state))
 
-    return Row(train(wrapped, optimizer, setting, torch.float32), kept)
+def whole(model: nn.Module, optimizer: torch.optim.Optimizer, average: int = 0) -> Kept:
+    """What plain data parallelism keeps on every rank."""
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    return Kept(size(model.parameters()), size(p.grad for p in model.parameters()), 0, size(state), average)
+
+
+def naive(setting: Setting) -> Row:
+    model = make_model(setting, torch.float32)
+    wrapped = NaiveDDP(model, process_group=setting.group, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    after = [wrapped.reduce_gradients, optimizer.step]
+    return Row(train(wrapped, optimizer, setting, torch.float32, after), lambda: whole(model, optimizer))
+
+
+def averaged(shards: bool) -> Callable[[Setting], Row]:
+    """DDP with an average of the weights, on every rank or in shards."""
+
+    def make(setting: Setting) -> Row:
+        model = make_model(setting, torch.float32)
+        wrapped = DistributedDataParallel(model, process_group=setting.group, gradient_as_bucket_view=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        if shards:
+            ema = ShardedEMA(model, setting.group)
+            after = [optimizer.step, lambda: ema.update(model)]
+            return Row(
+                train(wrapped, optimizer, setting, torch.float32, after), lambda: whole(model, optimizer, ema.nbytes)
+            )
+        torchs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
+        after = [optimizer.step, lambda: torchs.update_parameters(model)]
+        return Row(
+            train(wrapped, optimizer, setting, torch.float32, after),
+            lambda: whole(model, optimizer, size(torchs.module.parameters())),
+        )
+
+    return make
 
 
 def sharded(dtype: torch.dtype = torch.float32, **options: Any) -> Callable[[Setting], Row]:
@@ -105,6 +141,9 @@ def sharded(dtype: torch.dtype = torch.float32, **options: Any) -> Callable[[Set
 
 ROWS: dict[str, Callable[[Setting], Row]] = {
     "DDP + AdamW": plain,
+    "NaiveDDP + AdamW": naive,
+    "DDP + AdamW, torch's AveragedModel": averaged(False),
+    "DDP + AdamW, ShardedEMA": averaged(True),
     "stage 1": sharded(stage=1, bucket_size=BUCKET),
     "stage 2": sharded(stage=2, bucket_size=BUCKET),
     "stage 2, overlapped": sharded(stage=2, bucket_size=BUCKET, overlap_comm=True),
@@ -154,7 +193,9 @@ def main() -> None:
     if rank == 0:
         numel = args.layers * args.width * (args.width + 1)
         print(f"{numel / 1e6:.1f} M parameters, {args.rows} rows a rank, {device.type}; MiB on the fullest rank\n")
-        print("| ranks | | parameters | gradients | master | state | all | time / DDP |\n" + "| --- " * 8 + "|")
+        print(
+            "| ranks | | parameters | gradients | master | state | average | all | time / DDP |\n" + "| --- " * 9 + "|"
+        )
     for num_ranks in [count for count in (1, 2, 4, 8) if count <= world]:
         group = dist.new_group(list(range(num_ranks)))
         if rank < num_ranks:
