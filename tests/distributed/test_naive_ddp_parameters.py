@@ -3,13 +3,17 @@
 import copy
 import itertools
 
+import pytest
 import torch
+import torch.distributed as dist
 from distributed_harness import run_distributed
+from distributed_pipeline import start
 from replicated_nets import SMALL, backward, batch, everywhere, net, world
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from torchdistpackage import PipelineError, TopologyError, create_moe_dp_hooks
 from torchdistpackage.parallel.naive_ddp import NaiveDDP
 
 
@@ -139,3 +143,43 @@ def tensor_parallel(rank, size):
 
 def test_tensor_parallel_parameters():
     run_distributed(tensor_parallel, 4)
+
+
+def several_backwards_into_views(rank, world):
+    """Views of one buffer share what torch counts as changes: a neighbour's gradient is no change."""
+    start(pipe=1)
+    model = nn.Linear(3, 1).double()
+    reference = copy.deepcopy(model)
+    ddp = NaiveDDP(model, reduce_op="sum", gradient_as_bucket_view=True, num_grad_acc_iter=2)
+    x = torch.randn(world, 2, 3).double()
+    for _ in range(3):
+        ddp.zero_grad(set_to_none=False)
+        reference.zero_grad()
+        for _ in range(2):
+            ddp(x[rank]).sum().backward()
+            reference(x.flatten(0, 1)).sum().backward()
+        ddp.reduce_gradients()
+        assert all(
+            torch.allclose(p.grad, q.grad) for p, q in zip(model.parameters(), reference.parameters(), strict=True)
+        )
+
+
+def test_sums_of_several_backwards_live_in_buckets():
+    run_distributed(several_backwards_into_views, 2)
+
+
+def two_owners(rank, world):
+    start(pipe=1)
+    model = nn.Linear(2, 2)
+    wrapped = NaiveDDP(model)
+    with pytest.raises(
+        PipelineError, match="weight is reduced by a NaiveDDP already, and would be by this MoEDP again"
+    ):
+        create_moe_dp_hooks(dict(model.named_parameters()), dist.group.WORLD)
+    with pytest.raises(TopologyError, match="the process group is a str"):
+        NaiveDDP(model, process_group="data")
+    return wrapped is not None
+
+
+def test_one_owner_a_parameter():
+    run_distributed(two_owners, 2)

@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from torchdistpackage import PipelineError, SplitError, forward_backward, tpc
-from torchdistpackage.parallel.tensor_parallel.attention import Attention, TpAttention
-from torchdistpackage.parallel.tensor_parallel.blocks import Block, ParallelBlock, Transformer
+from torchdistpackage.parallel.tensor_parallel.attn import Attention, TpAttention
 from torchdistpackage.parallel.tensor_parallel.group import get_tp_group, set_tp_group, tensor_mesh
 from torchdistpackage.parallel.tensor_parallel.layers import ColParallelLinear, RowParallelLinear, TpLinear
 from torchdistpackage.parallel.tensor_parallel.mlp import Mlp, TpMlp
@@ -28,6 +27,7 @@ from torchdistpackage.parallel.tensor_parallel.regions import (
     reduce_scatter_to_sequence_parallel_region,
     set_sequence_parallel_attr,
 )
+from torchdistpackage.parallel.tensor_parallel.transformer import Block, ParallelBlock, Transformer
 
 SHAPES = [(8, 12), (3, 4, 12), (2, 3, 4, 12)]
 

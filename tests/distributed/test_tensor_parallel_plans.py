@@ -134,6 +134,12 @@ def refusals(rank, world):
         apply_tensor_parallel(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(SplitError, match=r"the plan names first, which Sequential does not have"):
         apply_tensor_parallel(nn.Sequential(nn.Linear(2, 2)), {"first": ColwiseParallel()})
+    with pytest.raises(SplitError, match=r"the plan names foo.\*, which Sequential does not have"):
+        apply_tensor_parallel(nn.Sequential(nn.Linear(2, 2)), {"foo.*": ColwiseParallel()})
+    with pytest.raises(SplitError, match=r"the plan is empty"):
+        apply_tensor_parallel(nn.Sequential(nn.Linear(2, 2)), {})
+    with pytest.raises(SplitError, match=r"the plan has 'colwise' for 0; pass a style"):
+        apply_tensor_parallel(nn.Sequential(nn.Linear(2, 2)), {"0": "colwise"})
     with pytest.raises(SplitError, match=r"9 outputs in 3 parts do not divide by 2"):
         apply_tensor_parallel(nn.Sequential(nn.Linear(2, 9)), {"0": FusedColwise(3)})
     model = apply_tensor_parallel(vision_transformer())

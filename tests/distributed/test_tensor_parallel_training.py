@@ -13,12 +13,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from torchdistpackage import forward_backward, partition_chunks, tpc
-from torchdistpackage.parallel.tensor_parallel.attention import Attention, TpAttention
-from torchdistpackage.parallel.tensor_parallel.blocks import Block, ParallelBlock
+from torchdistpackage.parallel.tensor_parallel.attn import Attention, TpAttention
 from torchdistpackage.parallel.tensor_parallel.regions import (
     gather_from_sequence_parallel_region,
     maybe_split_into_sequence_parallel,
 )
+from torchdistpackage.parallel.tensor_parallel.transformer import Block, ParallelBlock
 from torchdistpackage.schedule import describe, names
 
 

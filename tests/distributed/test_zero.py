@@ -12,7 +12,7 @@ from distributed_pipeline import mse, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torchdistpackage import TopologyError, setup_distributed, setup_node_groups, tpc
+from torchdistpackage import PipelineError, TopologyError, setup_distributed, setup_node_groups, tpc
 from torchdistpackage.parallel.zero import Bf16ZeroOptimizer
 
 adamw = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
@@ -364,3 +364,26 @@ def tiny(rank, world):
 def test_fewer_elements_than_ranks():
     found = run_distributed(tiny, 8)
     assert all(one == found[0] for one in found)
+
+
+def unlike_ranks(rank, world):
+    dist.init_process_group("gloo")
+    torch.manual_seed(rank)
+    model = nn.Linear(4, 1, bias=False)
+    optimizer = Bf16ZeroOptimizer(torch.optim.SGD(model.parameters(), lr=0.0))
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    with pytest.raises(PipelineError, match="replicas of a Bf16ZeroOptimizer have different trainable parameters"):
+        Bf16ZeroOptimizer(torch.optim.SGD(nn.Linear(4, 4 + rank).parameters(), lr=0.1))
+    with pytest.raises(PipelineError, match="cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(PipelineError, match="is on the meta device"):
+        Bf16ZeroOptimizer(torch.optim.SGD(nn.Linear(2, 2, device="meta").parameters(), lr=0.1))
+    with pytest.raises(TopologyError, match="dp_group is a str"):
+        Bf16ZeroOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), "data")
+    return model.weight.detach()
+
+
+def test_ranks_start_alike():
+    first, second = run_distributed(unlike_ranks, 2)
+    assert torch.equal(first, second)

@@ -116,6 +116,15 @@ def test_a_stopped_rank_is_named() -> None:
 def test_arguments_and_set_up_are_checked_first() -> None:
     with pytest.raises(TopologyError, match="positive"):
         topology.test_comm(numel=0)
-    with pytest.raises(TopologyError, match="setup_process_groups"):
+    with pytest.raises(TopologyError, match=r"call setup_distributed\(\) first"):
         topology.test_comm()
     assert topology.test_comm.__test__ is False  # type: ignore[attr-defined]
+
+
+def world_alone(rank: int, world_size: int) -> list[str]:
+    setup_distributed()
+    return [row.name for row in topology.test_comm(numel=10, iterations=1).rows]
+
+
+def test_without_a_set_up_the_world_is_checked() -> None:
+    assert set(run_distributed(world_alone, 2, timeout=40)[0]) == {"group global (global ranks 0, 1)"}

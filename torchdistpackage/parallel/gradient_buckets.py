@@ -310,7 +310,9 @@ class Bucket:
         """The place of each gradient."""
         views, begin = [], 0
         for shape, strides, numel in self._places:
-            views.append(torch.as_strided(buffer, shape, strides, begin))
+            # `.data`: a version of its own. Views count the changes of all of the buffer, and a gradient would look as
+            # if somebody had changed it as soon as its neighbour gets something added.
+            views.append(torch.as_strided(buffer, shape, strides, begin).data)
             begin += numel
         return views
 

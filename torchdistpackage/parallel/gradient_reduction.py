@@ -18,7 +18,6 @@ a pipelined step; `gradient_buckets.py` has the memory.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
@@ -28,17 +27,19 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.gradient_buckets import Bucket, Slot, bucket_layout
+from torchdistpackage.parallel.same_start import agree_on_parameters
 from torchdistpackage.parallel.sparse_gradients import reduce_sparse_gradient
-from torchdistpackage.topology.process_groups import communication_device
 
 __all__ = ["GradientReduction", "ReductionOfStep", "ReductionOptions"]
 
 _log = logging.getLogger(__name__)
+
+_reduced_by: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weak reference to its reduction
 
 
 @final
@@ -104,8 +105,29 @@ class GradientReduction:
         self._next = self._count = 0
         self._quiet = 0
         self._wanted = options.iterations
-        self._agree_on_parameters()
+        self._claim()
+        kinds = [
+            f"{slot.name} {tuple(p.shape)} {p.dtype} {p.requires_grad}"
+            for slot in self._slots
+            if (p := slot.parameter) is not None
+        ]
+        agree_on_parameters(what, kinds, group)
         self._lay_out()
+
+    def _claim(self) -> None:
+        """Notes whose the parameters are: two kinds of owners would both reduce them."""
+        for slot in self._slots:
+            parameter = slot.parameter
+            if parameter is None:
+                continue
+            before = _reduced_by.get(parameter)  # type: ignore[no-untyped-call]
+            other: GradientReduction | None = None if before is None else before()
+            if other is not None and other._what != self._what:
+                raise PipelineError(
+                    f"{slot.name} is reduced by a {other._what} already, and would be by this {self._what} again: list "
+                    "experts in model._ddp_params_and_buffers_to_ignore before the model is wrapped"
+                )
+            _reduced_by[parameter] = weakref.ref(self)
 
     # --- what the owner calls -----------------------------------------------------------------------------------------
 
@@ -294,25 +316,6 @@ class GradientReduction:
         for number, part in enumerate(layout):
             for slot in part:
                 slot.bucket = number
-
-    def _agree_on_parameters(self) -> None:
-        """Whether all replicas have the same parameters: else a reduction would mix them up, or wait for ever."""
-        kinds = [
-            f"{slot.name} {tuple(p.shape)} {p.dtype} {p.requires_grad}"
-            for slot in self._slots
-            if (p := slot.parameter) is not None
-        ]
-        digest = int.from_bytes(hashlib.sha256("\n".join(kinds).encode()).digest()[:7], "big")
-        numbers = torch.tensor([digest, -digest], dtype=torch.int64, device=communication_device(self._group))
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
-        top = numbers.tolist()
-        if top[0] != -top[1]:
-            shown = "; ".join(kinds[:4]) + ("; ..." if len(kinds) > 4 else "")
-            raise PipelineError(
-                f"the {dist.get_world_size(self._group)} replicas of a {self._what} have different trainable "
-                f"parameters; rank {dist.get_rank()} has {len(kinds)}: {shown}. Build the same module on every rank of "
-                "the group, and check that process_group holds the ranks that hold the same stage"
-            )
 
 
 class _Hooks:

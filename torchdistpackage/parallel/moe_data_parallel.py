@@ -25,8 +25,8 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.gradient_reduction import GradientReduction, ReductionOfStep, ReductionOptions
-from torchdistpackage.parallel.naive_ddp import broadcast_tensors, source_rank
 from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
+from torchdistpackage.parallel.same_start import broadcast_tensors, source_rank
 from torchdistpackage.topology import tpc
 
 __all__ = ["ExpertsOfStep", "MoEDP", "create_moe_dp_hooks", "moe_dp_iter_step"]

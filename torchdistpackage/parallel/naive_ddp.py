@@ -18,17 +18,17 @@ from typing import Any, final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from torchdistpackage.errors import PipelineError, TopologyError
-from torchdistpackage.parallel.dtensors import local_tensor
+from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.gradient_reduction import GradientReduction, ReductionOfStep, ReductionOptions
 from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
+from torchdistpackage.parallel.same_start import broadcast_tensors, source_rank
 from torchdistpackage.parallel.sparse_gradients import sparse_parameters
 from torchdistpackage.topology import tpc
-from torchdistpackage.topology.process_groups import communication_device, initialised_world
+from torchdistpackage.topology.process_groups import initialised_world
 
-__all__ = ["NaiveDDP", "broadcast_tensors", "source_rank"]
+__all__ = ["NaiveDDP"]
 
 
 @final
@@ -59,7 +59,9 @@ class NaiveDDP(nn.Module):
 
     Raises:
         PipelineError: An argument is out of its range, or the replicas have different parameters. From a forward: the
-            last gradients were cleared without having been reduced; or a failure has cut off a reduction.
+            last gradients were cleared after a part of them had been sent, without `reduce_gradients()`; where a model
+            fits into one bucket nothing is sent before, and a forgotten call is not noticed. Or a failure has cut off
+            a reduction.
         TopologyError: torch.distributed is not initialised, or `dp_rank0` is not in the group.
 
     Example:
@@ -168,56 +170,6 @@ class NaiveDDP(nn.Module):
 
     def __reduce_ex__(self, _: Any) -> Any:
         raise PipelineError("a NaiveDDP cannot be copied or pickled, its module can: copy.deepcopy(model.module)")
-
-
-def source_rank(group: Any, wanted: int) -> int:
-    """The global rank that a group starts from.
-
-    Args:
-        group: The group.
-        wanted: A global rank; 0 stands for the group's first, if it is not in the group.
-
-    Raises:
-        TopologyError: It is not in the group, or this rank is not.
-    """
-    if dist.get_world_size(group) < 1:
-        raise TopologyError(
-            f"rank {dist.get_rank()} is not in the given process group; make the module data-parallel on the ranks of "
-            "the group only"
-        )
-    ranks = dist.get_process_group_ranks(group)
-    if wanted in ranks:
-        return wanted
-    if wanted == 0:
-        return int(ranks[0])
-    raise TopologyError(
-        f"rank {wanted}, whose parameters are to be copied, is not in the group {ranks}: give a global rank of the "
-        "group, for example dist.get_global_rank(group, 0), or leave it out for the group's first"
-    )
-
-
-def broadcast_tensors(tensors: list[Tensor], group: Any, source: int) -> None:
-    """Makes tensors those of one rank.
-
-    Args:
-        tensors: Of any dtype, strides and device; the same on every rank. Of DTensors, this rank's part.
-        group: The ranks.
-        source: A global rank.
-
-    Raises:
-        PipelineError: One is on the meta device.
-    """
-    if any(tensor.is_meta for tensor in tensors):
-        raise PipelineError("parameters are on the meta device: call module.to_empty(device=...) and load them first")
-    device = communication_device(group)
-    with torch.no_grad():
-        for tensor in tensors:
-            part = local_tensor(tensor.detach())
-            # As bytes, since not every backend knows every dtype.
-            flat = part.contiguous().reshape(-1).view(torch.uint8)
-            moved = flat if flat.device.type == device.type else flat.to(device)
-            dist.broadcast(moved, source, group=group)
-            part.copy_(moved.to(part.device).view(part.dtype).view(part.shape))
 
 
 def _data_group() -> Any:

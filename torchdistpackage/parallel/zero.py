@@ -43,7 +43,7 @@ from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.clip_grad_parallel import clip_grad_norm_
 from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
 from torchdistpackage.parallel.sharded_gradients import register
-from torchdistpackage.parallel.zero_arguments import check_arguments, check_optimizer, check_parameters
+from torchdistpackage.parallel.zero_arguments import check_arguments, check_optimizer, check_parameters, start_alike
 from torchdistpackage.parallel.zero_group import ShardGroup
 from torchdistpackage.parallel.zero_memory import ShardMemory, distinct_bytes
 from torchdistpackage.parallel.zero_norm import shard_norms
@@ -118,6 +118,8 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         shards = ShardGroup.find(dp_group, replica_group)
         groups = [list(group["params"]) for group in optim.param_groups]
         check_parameters(groups, shards.ranks())
+        with guarded_if_set_up("Bf16ZeroOptimizer"):
+            start_alike(groups, shards, [stage, bucket_size, bucketize, overlap_comm, partition])
         super().__setstate__({"defaults": optim.defaults})  # what Optimizer.__init__ does besides the two properties
         self.optim, self.stage, self.partition, self.shards = optim, stage, partition, shards
         options = LayoutOptions(
@@ -273,6 +275,7 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
             return clip_grad_norm_(
                 self._layout.everything(), max_norm, norm_type, error_if_nonfinite, replicated=list(replicated)
             )
+        norm_type = float(norm_type)
         if not norm_type > 0:
             raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
         self.settle()
@@ -380,7 +383,8 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         members = self._gradients.members
         return torch.empty(0, dtype=members[0].dtype, device=members[0].local().device) if members else torch.empty(0)
 
-    # ---- inside ----
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise PipelineError("a Bf16ZeroOptimizer cannot be copied or pickled; use its state_dict()")
 
     def _state(self) -> ShardedState:
         self._layout.refresh()

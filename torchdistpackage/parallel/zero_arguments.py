@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.same_start import agree_on_parameters, broadcast_tensors, source_rank
+from torchdistpackage.parallel.zero_group import ShardGroup
 
-__all__ = ["check_arguments", "check_optimizer", "check_parameters"]
+__all__ = ["check_arguments", "check_optimizer", "check_parameters", "start_alike"]
 
 _WHOLE_TENSORS = ("Adafactor", "Muon")  # of torch.optim, in newer versions of torch
 _NEVER = {
@@ -52,12 +54,16 @@ def check_arguments(stage: Any, bucket_size: Any, partition: Any, reduce_dtype: 
     Raises:
         PipelineError: One is wrong.
     """
-    if stage not in (1, 2):
+    if stage not in (1, 2) or not isinstance(stage, int) or isinstance(stage, bool):
         raise PipelineError(
             f"stage must be 1 (shard the optimizer's state) or 2 (and gradients), got {stage!r}; for stage 3, which "
             "shards the parameters too, apply torch.distributed.fsdp.fully_shard to the modules"
         )
-    if not isinstance(bucket_size, (int, float)) or not 1 <= bucket_size < float("inf"):
+    if (
+        not isinstance(bucket_size, (int, float))
+        or isinstance(bucket_size, bool)
+        or not 1 <= bucket_size < float("inf")
+    ):
         raise PipelineError(f"bucket_size is a number of elements, at least 1, got {bucket_size!r}; try 25e6")
     if partition not in ("elements", "parameters"):
         raise PipelineError(f"partition must be 'elements' or 'parameters', got {partition!r}")
@@ -84,6 +90,11 @@ def check_parameters(groups: Sequence[Sequence[Tensor]], ranks: Sequence[int]) -
                 f"parameters {first} and {index} of the optimizer are one tensor; give each once, as "
                 "module.parameters() does"
             )
+        if parameter.is_meta:
+            raise PipelineError(
+                f"parameter {index} of the optimizer is on the meta device: call module.to_empty(device=...) and load "
+                "its weights first, and then make the optimizer"
+            )
         if parameter.requires_grad and not parameter.is_floating_point():
             raise PipelineError(f"parameter {index} of the optimizer is {parameter.dtype}; only real ones are sharded")
         mesh = getattr(parameter, "device_mesh", None)
@@ -95,3 +106,19 @@ def check_parameters(groups: Sequence[Sequence[Tensor]], ranks: Sequence[int]) -
                     f"parameter {index} of the optimizer is sharded already, by fully_shard or over these ranks "
                     f"{sorted(common)}: its optimizer's state is 1/{len(common)} as it is. Use the plain optimizer"
                 )
+
+
+def start_alike(groups: Sequence[Sequence[Tensor]], shards: ShardGroup, arguments: Sequence[Any]) -> None:
+    """Every rank gets the weights of the first one of its group: it will write a part of them only. Collective.
+
+    Raises:
+        PipelineError: The ranks have other parameters, or other arguments.
+    """
+    kinds = [
+        f"{number}.{index} {tuple(p.shape)} {p.dtype} {p.requires_grad}"
+        for number, parameters in enumerate(groups)
+        for index, p in enumerate(parameters)
+    ]
+    for group in shards.groups:
+        agree_on_parameters("Bf16ZeroOptimizer", [*kinds, str(arguments)], group)
+        broadcast_tensors([p for parameters in groups for p in parameters], group, source_rank(group, 0))

@@ -11,6 +11,7 @@ by a `broadcast`: the same traffic, more calls.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -24,6 +25,8 @@ from torchdistpackage.topology import tpc
 from torchdistpackage.topology.process_groups import communication_device
 
 __all__ = ["ShardGroup"]
+
+_logger = logging.getLogger(__name__)
 
 
 @final
@@ -58,6 +61,8 @@ class ShardGroup:
             elif tpc._is_inited("data"):
                 dp_group = tpc.get_group("data")
         group, rank, size = _place(dp_group, "dp_group")
+        if group is not None and replica_group is None:
+            _warn_of_replicas(group)
         replica, _, replicas = _place(replica_group, "replica_group")
         return cls(group, replica, rank, size, replicas)
 
@@ -150,10 +155,28 @@ class Sum:
     source: Tensor | None = None
 
 
+def _warn_of_replicas(group: dist.ProcessGroup) -> None:
+    """Says so if the group is a part of the data group: alone, its gradients stay apart from the others'."""
+    ranks = dist.get_process_group_ranks(group)
+    known = tpc._is_inited("data")
+    replicas = (
+        tpc.get_ranks_in_group("data") if known else [] if tpc._is_inited("global") else range(dist.get_world_size())
+    )
+    if len(ranks) < len(replicas) and set(ranks) <= set(replicas):
+        _logger.warning(
+            "Bf16ZeroOptimizer averages gradients over the global ranks %s only, and there are %d replicas: pass "
+            "replica_group=..., of the ranks that hold the same shard, or wrap the model in DDP or NaiveDDP",
+            ranks,
+            len(replicas),
+        )
+
+
 def _place(group: dist.ProcessGroup | None, name: str) -> tuple[dist.ProcessGroup | None, int, int]:
     """The group if it has several ranks, this rank's index and the size."""
     if group is None:
         return None, 0, 1
+    if not isinstance(group, dist.ProcessGroup) and group is not dist.GroupMember.NON_GROUP_MEMBER:
+        raise TopologyError(f"{name} is a {type(group).__name__}; pass a process group, such as tpc.get_group('data')")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise TopologyError(

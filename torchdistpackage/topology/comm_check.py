@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from torchdistpackage.errors import TopologyError, TransportError
 from torchdistpackage.topology.context import ParallelContext, tpc
-from torchdistpackage.topology.process_groups import communication_device
+from torchdistpackage.topology.process_groups import communication_device, initialised_world
 
 __all__ = ["CommReport", "CommRow", "test_comm"]
 
@@ -98,6 +98,8 @@ def test_comm(
 ) -> CommReport:
     """Check every group and every link between pipeline neighbours, with verified contents. Every rank calls it.
 
+    Before any `tpc.setup_process_groups` it checks the world alone.
+
     Args:
         numel: elements (int32) of the large message.
         iterations: repetitions of each operation for the timing.
@@ -115,12 +117,12 @@ def test_comm(
         link pipe 0 -> 1 (global ranks 0 -> 1)  send      4194304        27.3           4.310
 
     Raises:
-        TopologyError: the topology is not set up, or a size is below 1.
+        TopologyError: torch.distributed is not initialised, or a size is below 1.
         TransportError: on every rank, with the name of each broken group or link. The groups may be unusable then.
     """
     if numel < 1 or iterations < 1 or timeout <= 0:
         raise TopologyError(f"numel, iterations and timeout must be positive, got {numel}, {iterations}, {timeout}")
-    context.get_ranks_in_group("global")  # raises if nothing is set up
+    initialised_world()
     setting = _Setting(numel, iterations, timedelta(seconds=timeout))
     court = _Court(setting.timeout)
     court.verdict("roll call", [], [])
@@ -207,12 +209,14 @@ class _Court:
 
 def _rounds(context: ParallelContext, setting: _Setting) -> Iterator[tuple[str, _Check | None]]:
     """The rounds after the roll call, equally many on every rank; None where this rank has nothing to do."""
-    for mode in sorted(context.modes, key=lambda mode: mode != "global"):
-        ranks = context.get_ranks_in_group(mode)
+    modes = context.modes if context._is_inited("global") else ("global",)
+    for mode in sorted(modes, key=lambda mode: mode != "global"):
+        ranks = list(range(dist.get_world_size())) if mode == "global" else context.get_ranks_in_group(mode)
         if len(ranks) > 1:
             listed = ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, ..., {ranks[-1]}"
             name = f"group {mode} (global ranks {listed})"
-            yield name, _Check(name, partial(_check_group, context.get_group(mode), ranks, name, setting))
+            group = None if mode == "global" else context.get_group(mode)
+            yield name, _Check(name, partial(_check_group, group, ranks, name, setting))
     if context.is_mode_inited("pipe"):
         yield from _link_rounds(context, setting)
 

@@ -1,11 +1,10 @@
 """Tensor parallelism: layers whose columns or rows lie on several ranks, on torch's DTensor.
 
 `plans.py` shards models that know nothing of it, with torch's styles and those of `styles.py`; `layers.py`,
-`attention.py`, `mlp.py` and `blocks.py` are layers made for it; `regions.py` has the steps in and out of them.
+`attn.py`, `mlp.py` and `transformer.py` are layers made for it; `regions.py` has the steps in and out of them.
 """
 
-from torchdistpackage.parallel.tensor_parallel.attention import Attention, TpAttention
-from torchdistpackage.parallel.tensor_parallel.blocks import Block, ParallelBlock, Transformer
+from torchdistpackage.parallel.tensor_parallel.attn import Attention, TpAttention
 from torchdistpackage.parallel.tensor_parallel.group import get_tp_group, set_tp_group, tensor_mesh
 from torchdistpackage.parallel.tensor_parallel.layers import (
     ColParallelLinear,
@@ -28,6 +27,7 @@ from torchdistpackage.parallel.tensor_parallel.regions import (
     set_sequence_parallel_attr,
 )
 from torchdistpackage.parallel.tensor_parallel.styles import FreshRowwise, FusedColwise, SharedColwise, WholeOnShards
+from torchdistpackage.parallel.tensor_parallel.transformer import Block, ParallelBlock, Transformer
 
 __all__ = [
     "Attention",

@@ -88,6 +88,11 @@ def tensor_mesh(group: dist.ProcessGroup | DeviceMesh | None = None) -> DeviceMe
 
 
 def _check(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    if not isinstance(group, dist.ProcessGroup) and group is not dist.GroupMember.NON_GROUP_MEMBER:
+        raise TopologyError(
+            f"the tensor group is a {type(group).__name__}; pass a process group, such as tpc.get_group('tensor'), or "
+            "a device mesh of one dimension"
+        )
     if dist.get_rank(group) < 0:
         raise TopologyError(f"global rank {dist.get_rank()} is not in the tensor group that it was given")
     return group

@@ -11,15 +11,16 @@ or, sequence parallel, a gather before and a reduce-scatter after, which move as
 pairs (normalisation, dropout, residual) split over the ranks.
 
 The products are computed on the local shards: a collective is where `regions.py` says, nowhere else. Neighbours:
-`weights.py` makes the parameters; `attention.py` and `mlp.py` are pairs of these layers.
+`weights.py` makes the parameters; `attn.py` and `mlp.py` are pairs of these layers.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,7 +42,7 @@ __all__ = ["ColParallelLinear", "RowParallelLinear", "TpLayerNorm", "TpLinear"]
 
 @final
 class TpLinear(nn.Module):
-    """A linear layer whose weight is stored (in, out); initialised as `nn.Linear`, on one rank and all of it.
+    """A linear layer whose weight is stored (in, out), made on one rank and all of it.
 
     Args:
         fin: Features that come in.
@@ -73,15 +74,16 @@ class TpLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """New random numbers, uniform up to 1 / sqrt(fin) either way.
+        """New random weights, uniform up to 1 / sqrt(fin) either way; the bias becomes zero.
 
         Inside of a tensor-parallel layer: those that the first rank would draw for the whole layer, whatever the number
         of ranks. Then it is collective over the tensor group, and needs the memory of the whole layer for a moment.
         """
         bound = 1.0 / math.sqrt(max(self.weight.shape[0], 1))
-        for parameter in self.parameters():
-            whole = torch.empty(parameter.shape, device=parameter.device, dtype=parameter.dtype)
-            set_whole(parameter, whole.uniform_(-bound, bound))
+        whole = torch.empty(self.weight.shape, device=self.weight.device, dtype=self.weight.dtype)
+        set_whole(self.weight, whole.uniform_(-bound, bound))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product.
@@ -100,7 +102,8 @@ class TpLinear(nn.Module):
 class ColParallelLinear(nn.Module):
     """A linear layer of which each rank of the tensor group computes some of the outputs.
 
-    `.linear` holds the parameters, DTensors of the whole layer's size: weight (in, out), split along out. Made
+    `.linear` holds the parameters, DTensors of the whole layer's size: weight (in, out), split along out. This rank's
+    part of a parameter or gradient is `weight.grad.to_local()`, all of it `weight.grad.full_tensor()`. Made
     of several `parts` (q, k and v in one), the weight is (in, parts, out / parts) and each part is split along its own
     outputs: `weight.full_tensor().flatten(1)` is the dense layer's, `bias.full_tensor().flatten()`, too. A shape of its
     own keeps the shards what torch's checkpoints and `fully_shard` understand, rectangles.
@@ -141,6 +144,7 @@ class ColParallelLinear(nn.Module):
         super().__init__()
         self.mesh = tensor_mesh(tp_group)
         self.fin, self.fout, self.sequence_parallel = fin, fout, sequence_parallel
+        _check_positive(fin, "inputs (fin)")
         _check_shared(fout, self.mesh, "outputs (fout)", parts)
         self.linear = TpLinear(fin, fout, bias)
         self._spread(parts)
@@ -153,7 +157,12 @@ class ColParallelLinear(nn.Module):
 
         Returns:
             (..., out / t) for the whole sequence: this rank's outputs, of each of the parts in turn.
+
+        Raises:
+            SplitError: The input has another number of features.
         """
+        if x.shape[-1:] != (self.fin,):
+            raise SplitError(f"the layer has {self.fin} inputs, on every rank, and got shape {tuple(x.shape)}")
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.mesh)
         else:
@@ -214,8 +223,9 @@ class ColParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """A linear layer of which each rank of the tensor group has some of the inputs; the products are added up.
 
-    `.linear` holds the parameters, DTensors of the whole layer's shape: weight (in, out), split along in; bias, held by
-    every rank, and added once, to the sum. Construction as of `ColParallelLinear`.
+    `.linear` holds the parameters, DTensors of the whole layer's shape (`weight.grad.to_local()` is this rank's part,
+    `weight.grad.full_tensor()` all of it): weight (in, out), split along in; bias, held by every rank, and added once,
+    to the sum. Construction as of `ColParallelLinear`.
 
     Sequence parallel, the bias has seen one part of the sequence on each rank: its gradients are added up over the
     ranks in every backward. That is one more message, of a few bytes, and makes `.grad` the same on every rank.
@@ -245,6 +255,7 @@ class RowParallelLinear(nn.Module):
         self.mesh = tensor_mesh(tp_group)
         self.fin, self.fout, self.sequence_parallel = fin, fout, sequence_parallel
         _check_shared(fin, self.mesh, "inputs (fin)", 1)
+        _check_positive(fout, "outputs (fout)")
         self.linear = TpLinear(fin, fout, bias)
         spread(self.linear, self.mesh, "weight", (), Shard(0))
         spread(self.linear, self.mesh, "bias", (), Replicate())
@@ -330,19 +341,52 @@ class TpLayerNorm(nn.LayerNorm):
         """
         weight, bias = local_part(self.weight), local_part(self.bias)
         if self.sequence_parallel:
-            weight, bias = enter_tensor_parallel_region(torch.stack((weight, bias)), self.mesh).unbind()
+            weight, bias = _EnterTogether.apply(weight, bias, self.mesh)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
     def init_from_full(self, norm: nn.LayerNorm) -> None:
-        """Takes over the parameters of a dense one: those of the first rank. Collective over the tensor group."""
+        """Takes over the parameters of a dense one: those of the first rank. Collective over the tensor group.
+
+        Raises:
+            SplitError: It has another size, or no parameters.
+        """
+        for name in ("weight", "bias"):
+            own, whole = getattr(self, name), getattr(norm, name, None)
+            if whole is None or whole.shape != own.shape:
+                found = "no such parameter" if whole is None else f"shape {tuple(whole.shape)}"
+                raise SplitError(f"the {name} of the norm has shape {tuple(own.shape)}; the dense one has {found}")
         for own, whole in ((self.weight, norm.weight), (self.bias, norm.bias)):
             set_whole(own, whole)
 
 
+class _EnterTogether(torch.autograd.Function):
+    """Two tensors as they are, whose gradients are summed over the ranks in one message.
+
+    Each gets a gradient with memory of its own: of views into one tensor, DTensors can be neither copied nor saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+        ctx.mesh = mesh
+        return weight.view_as(weight), bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, None]:
+        both = torch.stack((weight, bias))
+        dist.all_reduce(both, group=ctx.mesh.get_group())
+        return both[0].clone(), both[1].clone(), None
+
+
 def _check_shared(size: int, mesh: DeviceMesh, what: str, parts: int) -> None:
+    _check_positive(size, what)
     if parts < 1 or size % (parts * mesh.size()):
         each = f" in {parts} parts" if parts != 1 else ""
         raise SplitError(
             f"{size} {what}{each} cannot be shared equally by the {mesh.size()} ranks of the tensor group; choose a "
             f"multiple of {max(parts, 1) * mesh.size()}, or another size of the group"
         )
+
+
+def _check_positive(size: int, what: str) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise SplitError(f"a layer needs a positive whole number of {what}, got {size!r}")

@@ -1,6 +1,6 @@
 """Two linear layers with an activation between them, dense and with the hidden features shared out over ranks.
 
-Neighbours: `layers.py` has the linear layers, `blocks.py` puts this between normalisations.
+Neighbours: `layers.py` has the linear layers, `transformer.py` puts this between normalisations.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Mlp(nn.Module):
         drop: float = 0.0,
     ) -> None:
         super().__init__()
-        hidden = hidden_features or in_features
+        hidden = in_features if hidden_features is None else hidden_features
         self.fc1 = TpLinear(in_features, hidden, bias)
         self.act = act_layer()
-        self.fc2 = TpLinear(hidden, out_features or in_features, bias)
+        self.fc2 = TpLinear(hidden, in_features if out_features is None else out_features, bias)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,11 +106,12 @@ class TpMlp(nn.Module):
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
-        hidden = hidden_features or in_features
+        hidden = in_features if hidden_features is None else hidden_features
         self.mesh, self.sequence_parallel = tensor_mesh(tp_group), sequence_parallel
         self.fc1 = ColParallelLinear(in_features, hidden, bias, self.mesh, sequence_parallel)
         self.act = act_layer()
-        self.fc2 = RowParallelLinear(hidden, out_features or in_features, bias, sequence_parallel, self.mesh)
+        out = in_features if out_features is None else out_features
+        self.fc2 = RowParallelLinear(hidden, out, bias, sequence_parallel, self.mesh)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

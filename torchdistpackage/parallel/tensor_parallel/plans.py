@@ -19,6 +19,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from typing import Any, final
 
 import torch.distributed as dist
@@ -71,9 +72,7 @@ def apply_tensor_parallel(
     """
     mesh = tensor_mesh(group)
     chosen = dict(tensor_parallel_plan(module, group=mesh) if plan is None else plan)
-    missing = [name for name in chosen if "*" not in name and not _has(module, name)]
-    if missing:
-        raise SplitError(f"the plan names {', '.join(missing)}, which {type(module).__name__} does not have")
+    _check_plan(module, chosen, given=plan is not None)
     already = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
     if already:
         raise SplitError(
@@ -120,7 +119,7 @@ def tensor_parallel_plan(
     """
     size = tensor_mesh(group).size()
     plan = {**_transformers_plan(module, size), **_timm_plan(module, size)}
-    if not plan and tpc.get_pp_size() == 1:  # a stage of a pipeline may have none of the layers
+    if not plan and not tpc.is_mode_inited("pipe"):  # a stage of a pipeline may have none of the layers
         kinds = sorted({type(inner).__name__ for inner in module.modules() if not list(inner.children())})
         raise SplitError(
             f"no layer of {type(module).__name__} is known to tensor_parallel_plan (it has {', '.join(kinds[:8])}); "
@@ -141,8 +140,25 @@ def _share_values(module: nn.Module, mesh: DeviceMesh) -> None:
             tensor.detach().copy_(values)
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    return any(found == name for found, _ in module.named_modules())
+def _check_plan(module: nn.Module, plan: Mapping[str, ParallelStyle], *, given: bool) -> None:
+    names = [name.split(".") for name, _ in module.named_modules()]
+    missing = [
+        pattern
+        for pattern in plan
+        if not any(
+            len(name) == len(pattern.split(".")) and all(map(fnmatch, name, pattern.split("."))) for name in names
+        )
+    ]
+    if missing or (given and not plan):
+        what = f"names {', '.join(missing)}, which {type(module).__name__} does not have" if missing else "is empty"
+        raise SplitError(f"the plan {what}; names are those of named_modules(), with * for any one word")
+    wrong = {name: style for name, style in plan.items() if not isinstance(style, ParallelStyle)}
+    if wrong:
+        name, style = next(iter(wrong.items()))
+        raise SplitError(
+            f"the plan has {style!r} for {name}; pass a style of torch.distributed.tensor.parallel, such as "
+            "ColwiseParallel() or RowwiseParallel()"
+        )
 
 
 # --- transformers: the authors' own plan ------------------------------------------------------------------------------

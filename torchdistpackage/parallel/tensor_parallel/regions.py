@@ -17,8 +17,8 @@ With t ranks in the tensor group, a tensor of shape (batch, sequence, features) 
 What arrives as the gradient of a whole tensor is a share where each rank has used it for something else (columns of its
 own), and whole where all ranks have computed the same. Nothing is changed in place: autograd may need it.
 
-Activations are plain tensors here, only parameters are DTensors. Neighbours: `layers.py` and `blocks.py` are made of
-these; `group.py` knows the group. The pictures follow Shoeybi et al., "Megatron-LM", 2019 and Korthikanti et al.,
+Activations are plain tensors here, only parameters are DTensors. Neighbours: `layers.py` and `transformer.py` are made
+of these; `group.py` knows the group. The pictures follow Shoeybi et al., "Megatron-LM", 2019 and Korthikanti et al.,
 "Reducing Activation Recomputation in Large Transformer Models", 2022.
 """
 

@@ -7,7 +7,7 @@ Sequence parallel, what stands between the pairs of linear layers works on this 
 
 In a pipeline, stages of single blocks hand their parts on: each rank of the tensor group has a pipeline of its own, and
 sends 1 / t of what whole tensors would take (so `scatter_gather_tensors`, which is for whole ones, has to stay off).
-Split before the first block, gather after the last, with the functions of `regions.py`. Neighbours: `attention.py` and
+Split before the first block, gather after the last, with the functions of `regions.py`. Neighbours: `attn.py` and
 `mlp.py`.
 """
 
@@ -18,7 +18,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchdistpackage.parallel.tensor_parallel.attention import Attention, TpAttention
+from torchdistpackage.errors import SplitError
+from torchdistpackage.parallel.tensor_parallel.attn import Attention, TpAttention
 from torchdistpackage.parallel.tensor_parallel.group import tensor_mesh
 from torchdistpackage.parallel.tensor_parallel.layers import TpLayerNorm
 from torchdistpackage.parallel.tensor_parallel.mlp import Mlp, TpMlp
@@ -177,6 +178,8 @@ class Transformer(nn.Module):
         tp_group: Group = None,
     ) -> None:
         super().__init__()
+        if depth < 1:
+            raise SplitError(f"a Transformer needs at least one block, got depth={depth}")
         self.mesh = tensor_mesh(tp_group) if tensor_parallel else None
         self.sequence_parallel = tensor_parallel and sequence_parallel
         self.blocks = nn.ModuleList(self._block(dim, mlp_ratio, num_heads) for _ in range(depth))

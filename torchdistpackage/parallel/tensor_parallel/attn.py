@@ -5,7 +5,7 @@
     x -> qkv (columns) -> rank r: heads r * h / t ... (r + 1) * h / t of q, k and v -> attention -> proj (rows) -> x
 
 No rank needs another's heads: a sum (or a reduce-scatter) after `proj` is all there is. Neighbours: `layers.py` has the
-linear layers, `blocks.py` puts this between normalisations.
+linear layers, `transformer.py` puts this between normalisations.
 """
 
 from __future__ import annotations
@@ -146,8 +146,10 @@ class TpAttention(nn.Module):
         """Takes over the parameters of a dense one: those of the first rank. Collective over the tensor group.
 
         Raises:
-            SplitError: It has another size, or a bias that this one lacks.
+            SplitError: It has another size or number of heads, or a bias that this one lacks.
         """
+        if attention.num_heads != self.num_heads:
+            raise SplitError(f"the dense attention has {attention.num_heads} heads, this one {self.num_heads}")
         self.qkv.init_weight_from_full_attn(attention.qkv.weight, attention.qkv.bias)
         self.proj.init_weight_from_full(attention.proj.weight, attention.proj.bias)
 
