@@ -282,3 +282,17 @@ def test_report_prints_what_it_returns(capsys):
     assert "level 1 (1 of 5, by topn=1 and min_mem=0 MB)" in capsys.readouterr().out
     report_prof(found, max_depth=0)
     assert "level 1 is not shown: max_depth=0" in capsys.readouterr().out
+
+
+def test_wrong_arguments_are_said():
+    from torchdistpackage.tools import find_nan, fix_rand, replace_all_module, report_prof
+
+    for wrong in (lambda: get_model_profile("x"), lambda: register_profile_hooks(3), lambda: find_nan(3)):
+        with pytest.raises(TypeError, match="model must be an nn.Module, got"):
+            wrong()
+    with pytest.raises(TypeError, match="functions of"):
+        replace_all_module(nn.ReLU(), 3, 4)
+    with pytest.raises(TypeError, match="whole numbers, got 1.5 and 2222"):
+        fix_rand(1.5)
+    with pytest.raises(ValueError, match="nothing was measured: run the model"):
+        report_prof({})

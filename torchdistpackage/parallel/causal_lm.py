@@ -59,6 +59,7 @@ def partition_causal_lm(
     Example:
         >>> parts = partition_causal_lm(model, "zb-v")  # on rank 0 of 4: {0: ..., 7: ...}
         >>> fwd_fn = [lambda x, part=part: part(x) for part in parts.values()]
+        >>> parameters = list(nn.ModuleList(parts.values()).parameters())  # a tied one of both ends once
     """
     placement = placement_of(schedule, tpc.get_pp_size(), chunks)
     return split_causal_lm(model, placement.num_stages, placement.local_stages(tpc.get_pp_rank()), **options)

@@ -216,7 +216,9 @@ class ShardedEMA:
         """The whole average, in CPU memory, on the first rank of the group; {} on the others. Collective.
 
         It loads into a plain model, and those of all stages of a pipeline together into the whole model. A parameter
-        whose blocks lie on ranks outside of the group (tensor parallel) comes as the block that the group holds.
+        whose blocks lie on ranks outside of the group (tensor parallel) comes as the block that the group holds: save
+        one file for each rank of the tensor group (`get_mp_ckpt_suffix`), and read it with `load_state_dict` and
+        `copy_to`. For whole tensors ask the model: `with ema.applied_to(model)`, each parameter's `full_tensor()`.
 
         Returns:
             Name -> tensor, in the order of the model's state dict, without its extra state; new tensors.

@@ -134,7 +134,8 @@ class Layout:
             if held and sum(box.numel for box in held) != self.bounds(index).numel:
                 raise CheckpointError(
                     f"the parts of {entry.name} that the {size} ranks of the group hold do not make up a whole block "
-                    "of it; pass the group of one dim of its device mesh"
+                    "of it; pass the data group, tpc.get_group('data'), or the group of one dim of its mesh (shards of "
+                    "fused layers, such as q, k and v in one, interleave over the tensor group)"
                 )
 
     def box(self, index: int, rank: int) -> Box:

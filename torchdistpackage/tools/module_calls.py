@@ -74,10 +74,15 @@ def in_backward() -> bool:
 def visible_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that run as modules, by name; the model is "root". A module with several names has its first.
 
+    Raises:
+        TypeError: It is no module.
+
     Example:
         >>> list(visible_modules(nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU()))))
         ['root', '0', '1', '1.0']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     visible: dict[str, nn.Module] = {}
     hidden: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -110,12 +115,12 @@ class ModuleCalls:
     """
 
     def __init__(self, model: nn.Module, watcher: Watcher) -> None:
+        self.modules = visible_modules(model)
         if _takes_no_hooks(model):
             raise ValueError(
                 f"this {type(model).__name__} was scripted or compiled in place, so that it takes no hooks: pass the "
                 f"model as it was before, or torch.compile(model), which then is one module without parts"
             )
-        self.modules = visible_modules(model)
         self.stack: list[ModuleCall] = []
         self._watcher = watcher
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

@@ -187,6 +187,7 @@ def _checked(
         raise TypeError(f"kwargs must be a mapping of keyword arguments, got {type(kwargs).__name__}")
     if repeats < 1:
         raise ValueError(f"repeats must be 1 or more, got {repeats}: times are medians of that many runs")
+    visible_modules(model)  # raises if it is none
     own = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in [*own, *(("an argument", tensor) for tensor in tensors_in((args, kwargs)))]:
         if is_lazy(tensor):

@@ -247,6 +247,9 @@ def report_prof(
     Returns:
         The costs, whose `str` is what was printed.
 
+    Raises:
+        ValueError: Nothing was measured.
+
     Example:
         >>> profile = report_prof({"root": ModuleCost("Net", calls=1, forward=0.002, output=3_000_000)})
         module  kind  calls  params  forward        self  output
@@ -255,6 +258,8 @@ def report_prof(
         root    Net       1       0     2.00  100%  0.00    3.00
         nothing is kept for a backward pass: are gradients on, and does anything require one?
     """
+    if not infos:
+        raise ValueError("nothing was measured: run the model after register_profile_hooks, then report")
     operations = infos.operations if isinstance(infos, ModelProfile) else None
     profile = ModelProfile(infos, topn=topn, max_depth=max_depth, min_mem=min_mem, sort=sort, operations=operations)
     sys.stdout.write(f"{profile}\n")

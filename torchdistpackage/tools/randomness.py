@@ -30,6 +30,7 @@ def fix_rand(rank: int = 0, *, seed: int = 2222) -> int:
         The seed that was set, `seed + rank`.
 
     Raises:
+        TypeError: One of them is no whole number.
         ValueError: `seed + rank` is negative, or needs more than 32 bits.
 
     Example:
@@ -41,6 +42,8 @@ def fix_rand(rank: int = 0, *, seed: int = 2222) -> int:
         >>> torch.equal(torch.rand(2), once)
         True
     """
+    if not isinstance(rank, int) or not isinstance(seed, int):
+        raise TypeError(f"rank and seed must be whole numbers, got {rank!r} and {seed!r}")
     number = seed + rank
     if not 0 <= number < _LIMIT:
         raise ValueError(

@@ -34,7 +34,7 @@ def replace_all_module(
         The model.
 
     Raises:
-        TypeError: `get_new_module` returned something that is no module.
+        TypeError: An argument is not what it should be, or `get_new_module` returned something that is no module.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 2)))
@@ -42,6 +42,10 @@ def replace_all_module(
         >>> replace_all_module(model, is_relu, lambda name, module: nn.GELU())[1][0]
         GELU(approximate='none')
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not callable(if_replace_hook) or not callable(get_new_module):
+        raise TypeError("if_replace_hook and get_new_module are functions of (name, module)")
     new_modules: dict[nn.Module, nn.Module] = {}
     searched: set[nn.Module] = set()
 
