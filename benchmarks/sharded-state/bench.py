@@ -12,6 +12,7 @@ A row is a function in `ROWS`: it makes what it trains, and returns how a step r
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -187,6 +188,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("torchdistpackage").setLevel(logging.ERROR)  # groups are parts of the world on purpose
     setup_distributed()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     rank, world = dist.get_rank(), dist.get_world_size()

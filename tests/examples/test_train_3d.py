@@ -16,7 +16,13 @@ def differences(*options, processes):
     return [float(number) for number in re.findall(r"(?:loss|norm|weights) ([0-9.e+-]+)", out)]
 
 
-@pytest.mark.parametrize("options", [["--pp", 2, "--tp", 2], ["--pp", 2, "--optimizer", "ddp", "--schedule", "zb-v"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--pp", 2, "--tp", 2],
+        pytest.param(["--pp", 2, "--optimizer", "ddp", "--schedule", "zb-v"], marks=pytest.mark.slow),
+    ],
+)
 def test_four_processes_have_the_numbers_of_the_plain_loop(options):
     found = differences(*options, processes=4)
     assert len(found) == 3
