@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchdistpackage.parallel.dtensors import local_tensor
+from torchdistpackage.parallel.dtensors import is_dtensor, local_tensor
 from torchdistpackage.parallel.ema_exchange import Stream
 from torchdistpackage.parallel.ema_layout import Box, Layout, Segment
 from torchdistpackage.parallel.ema_tensors import flat, listed, local_box
@@ -162,7 +162,7 @@ def bitwise_differences(layout: Layout, state: Mapping[str, Tensor], theirs: Map
             found.append(f"{entry.name} is in the average only")
             continue
         ours, value, bounds = state[entry.name], local_tensor(theirs[name].detach()), layout.bounds(index)
-        if hasattr(theirs[name], "to_local"):
+        if is_dtensor(theirs[name]):
             ours = ours[local_box(name, theirs[name]).within(bounds)]
         elif tuple(value.shape) == entry.shape:
             value = value[bounds.within(Box((0,) * value.dim(), entry.shape))]

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.tensor_parallel.group import tensor_mesh
 from torchdistpackage.parallel.tensor_parallel.regions import (
     Group,
@@ -35,7 +36,7 @@ from torchdistpackage.parallel.tensor_parallel.regions import (
     leave_tensor_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from torchdistpackage.parallel.tensor_parallel.weights import local_part, set_whole, spread, take_over
+from torchdistpackage.parallel.tensor_parallel.weights import set_whole, spread, take_over
 
 __all__ = ["ColParallelLinear", "RowParallelLinear", "TpLayerNorm", "TpLinear"]
 
@@ -94,8 +95,8 @@ class TpLinear(nn.Module):
         Returns:
             (..., out); the local features where the parameters are shards of columns.
         """
-        bias = None if self.bias is None else local_part(self.bias).flatten()
-        return F.linear(x, local_part(self.weight).flatten(1).t(), bias)
+        bias = None if self.bias is None else local_tensor(self.bias).flatten()
+        return F.linear(x, local_tensor(self.weight).flatten(1).t(), bias)
 
 
 @final
@@ -278,14 +279,14 @@ class RowParallelLinear(nn.Module):
                 f"each of {self.mesh.size()} ranks has {own} of the {self.fin} inputs of this layer, and got "
                 f"{x.shape[-1]}, in shape {tuple(x.shape)}; feed it with what a ColParallelLinear returns"
             )
-        share = F.linear(x, local_part(self.linear.weight).t())
+        share = F.linear(x, local_tensor(self.linear.weight).t())
         if self.sequence_parallel:
             out = reduce_scatter_to_sequence_parallel_region(share, group=self.mesh)
         else:
             out = leave_tensor_parallel_region(share, self.mesh)
         if self.linear.bias is None:
             return out
-        bias = local_part(self.linear.bias)
+        bias = local_tensor(self.linear.bias)
         if self.sequence_parallel:
             bias = enter_tensor_parallel_region(bias, self.mesh)
         return out + bias.to(out.dtype)
@@ -339,7 +340,7 @@ class TpLayerNorm(nn.LayerNorm):
         Args:
             x: (..., dim).
         """
-        weight, bias = local_part(self.weight), local_part(self.bias)
+        weight, bias = local_tensor(self.weight), local_tensor(self.bias)
         if self.sequence_parallel:
             weight, bias = _EnterTogether.apply(weight, bias, self.mesh)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)

@@ -1,4 +1,4 @@
-"""Parameters of tensor-parallel layers: DTensors that come from whole tensors, and plain shards to compute with.
+"""Parameters of tensor-parallel layers: DTensors that come from whole tensors.
 
 `distribute_tensor` sends the shards of the first rank's tensor, so that equal seeds are not needed anywhere.
 Neighbours: `layers.py` is made of these.
@@ -7,7 +7,6 @@ Neighbours: `layers.py` is made of these.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,15 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from torchdistpackage.errors import SplitError
-from torchdistpackage.parallel.pipeline_state import guarded
-from torchdistpackage.topology import tpc
+from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
 
-__all__ = ["local_part", "set_whole", "spread", "take_over"]
-
-
-def local_part(parameter: Tensor) -> Tensor:
-    """This rank's shard of a DTensor as a plain tensor; any other stays what it is."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+__all__ = ["set_whole", "spread", "take_over"]
 
 
 def spread(module: nn.Module, mesh: DeviceMesh, name: str, shape: Sequence[int], placement: Placement) -> None:
@@ -67,6 +60,6 @@ def set_whole(parameter: Tensor, whole: Tensor) -> None:
 
 def _distributed(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
     """`distribute_tensor`; if a rank fails meanwhile, all say which, where a pipeline's board is there to tell."""
-    guard = guarded("the weights of a tensor-parallel layer") if tpc._is_inited("global") else nullcontext()
-    with guard, torch.device("cpu"):  # under torch.device("meta") torch 2.6 fails to load what its DTensors need
+    # On the CPU, because under torch.device("meta") torch 2.6 fails to load what its DTensors need.
+    with guarded_if_set_up("the weights of a tensor-parallel layer"), torch.device("cpu"):
         return distribute_tensor(whole, mesh, placements)
