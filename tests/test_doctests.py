@@ -8,7 +8,11 @@ import pytest
 
 import torchdistpackage
 
-WITHOUT_PROCESSES = ("errors", "schedule", "visualize", "runtime", "split", "tools", "topology.rank_table")
+WITHOUT_PROCESSES = (
+    *("checkpoint", "errors", "schedule", "visualize", "runtime", "split", "tools", "topology.rank_table"),
+    *("trainer.argument", "trainer.batch", "trainer.callbacks", "trainer.losses", "trainer.feed", "trainer.optimizers"),
+    *("trainer.progress_table", "trainer.run_state", "trainer.seeded_data", "trainer.splitting", "trainer.stages"),
+)
 
 
 def modules():

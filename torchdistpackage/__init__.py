@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchdistpackage.checkpoint import Checkpointer, load_safetensors, save_safetensors
     from torchdistpackage.errors import (
         CheckpointError,
         DeadlockError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         SplitError,
         TopologyError,
         TorchDistError,
+        TrainerError,
         TransportError,
     )
     from torchdistpackage.parallel import (
@@ -101,14 +103,22 @@ if TYPE_CHECKING:
         torch_parallel_context,
         tpc,
     )
-    from torchdistpackage.trainer import AutoPipeline, AutoPipelineConfig, PipelineInfo
+    from torchdistpackage.trainer import (
+        AutoPipeline,
+        AutoPipelineConfig,
+        PipelineInfo,
+        PipelineTrainer,
+        PipelineTrainingArguments,
+        TrainerCallback,
+    )
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "torchdistpackage.checkpoint": "Checkpointer load_safetensors save_safetensors",
     "torchdistpackage.errors": (
         "CheckpointError DeadlockError NonFiniteError PipelineError ScheduleError SplitError TopologyError "
-        "TorchDistError TransportError"
+        "TorchDistError TrainerError TransportError"
     ),
     "torchdistpackage.parallel": (
         "DDP Bf16ZeroOptimizer MoEDP NaiveDDP PipelineGradScaler ShardedEMA apply_tensor_parallel check_parts "
@@ -132,7 +142,9 @@ _HOME = {
         "ParallelContext find_free_port get_mp_ckpt_suffix is_using_pp setup_distributed setup_node_groups "
         "test_comm torch_parallel_context tpc"
     ),
-    "torchdistpackage.trainer": "AutoPipeline AutoPipelineConfig PipelineInfo",
+    "torchdistpackage.trainer": (
+        "AutoPipeline AutoPipelineConfig PipelineInfo PipelineTrainer PipelineTrainingArguments TrainerCallback"
+    ),
 }
 _ROOM = {name: room for room, names in _HOME.items() for name in names.split()}
 
@@ -145,6 +157,7 @@ __all__ = [
     "BaseTrunkModel",
     "Bf16ZeroOptimizer",
     "CheckpointError",
+    "Checkpointer",
     "DeadlockError",
     "MoEDP",
     "ModelFactory",
@@ -158,6 +171,8 @@ __all__ = [
     "PipelineGradScaler",
     "PipelineInfo",
     "PipelineStage",
+    "PipelineTrainer",
+    "PipelineTrainingArguments",
     "Routed",
     "ScheduleError",
     "ShardedEMA",
@@ -165,6 +180,8 @@ __all__ = [
     "SplitPoint",
     "TopologyError",
     "TorchDistError",
+    "TrainerCallback",
+    "TrainerError",
     "TransportError",
     "apply_tensor_parallel",
     "calculate_virtual_stages",
@@ -190,6 +207,7 @@ __all__ = [
     "last_plan",
     "last_timeline",
     "load_causal_lm",
+    "load_safetensors",
     "load_split_model",
     "load_whole_model_state_dict",
     "local_stages",
@@ -207,6 +225,7 @@ __all__ = [
     "replace_linear_by_bnb",
     "report_prof",
     "save_causal_lm",
+    "save_safetensors",
     "setup_distributed",
     "setup_node_groups",
     "split_causal_lm",

@@ -10,6 +10,7 @@
     ├── TransportError       a message cannot be packed, sent, received or trusted
     ├── PipelineError        a step failed: which rank, stage, action and why
     ├── CheckpointError      a checkpoint is torn, foreign or does not fit
+    ├── TrainerError         arguments, data or factories of a trainer do not fit (also a ValueError)
     └── NonFiniteError       a NaN or Inf arose in a module       (also a FloatingPointError)
 
 User mistakes are raised at construction, before anything runs; each message states the numbers and the next thing to
@@ -30,6 +31,7 @@ __all__ = [
     "SplitError",
     "TopologyError",
     "TorchDistError",
+    "TrainerError",
     "TransportError",
 ]
 
@@ -93,6 +95,10 @@ class PipelineError(TorchDistError, RuntimeError):
 
 class CheckpointError(TorchDistError, RuntimeError):
     """A checkpoint is torn, foreign, or does not fit the model."""
+
+
+class TrainerError(TorchDistError, ValueError):
+    """Arguments, data, or the factories of a trainer do not fit each other or the run."""
 
 
 class NonFiniteError(TorchDistError, FloatingPointError):

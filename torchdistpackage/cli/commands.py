@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from torchdistpackage import __version__
+from torchdistpackage.cli.checkpoint import export, inspect, verify
 from torchdistpackage.cli.comm_check import comm_check
 from torchdistpackage.cli.planning import plan_schedule, simulate_schedule, trace_schedule
 from torchdistpackage.cli.schedules import list_schedules, show, verify_file
@@ -25,6 +26,7 @@ def torchdistpackage() -> None:
     torchdistpackage schedule list
     torchdistpackage schedule show zb-v -p 4 -m 8
     torchdistpackage split torchvision:resnet50 -p 4 -i 4x3x224x224
+    torchdistpackage checkpoint inspect run
     torchdistpackage comm-check --nproc 2
     """  # noqa: D301
 
@@ -41,7 +43,20 @@ def schedule_group() -> None:
     """  # noqa: D301
 
 
+@torchdistpackage.group("checkpoint")
+def checkpoint_group() -> None:
+    """Look into checkpoints, see whether they are whole, and write their weights as safetensors.
+
+    \b
+    torchdistpackage checkpoint inspect run
+    torchdistpackage checkpoint verify run
+    torchdistpackage checkpoint export run/step-00000120 out --dtype bfloat16
+    """  # noqa: D301
+
+
 for command in (list_schedules, show, verify_file, simulate_schedule, trace_schedule, plan_schedule):
     schedule_group.add_command(command)
+for command in (inspect, verify, export):
+    checkpoint_group.add_command(command)
 torchdistpackage.add_command(split_model)
 torchdistpackage.add_command(comm_check)

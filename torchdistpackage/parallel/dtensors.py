@@ -9,13 +9,12 @@ Nothing here loads `torch.distributed.tensor` (0.4 s): whoever has such a tensor
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.split.model_tensors import is_dtensor, local_tensor
 from torchdistpackage.topology import tpc
 
 __all__ = [
@@ -26,22 +25,6 @@ __all__ = [
     "settle_gradient",
     "sharding_groups",
 ]
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor.
-
-    Example:
-        >>> is_dtensor(torch.ones(2))
-        False
-    """
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return kind is not None and isinstance(tensor, kind)
-
-
-def local_tensor(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; any other tensor itself."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def sharding_groups(tensor: Any) -> list[dist.ProcessGroup]:

@@ -26,6 +26,7 @@ from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.ema_agreement import common_layout, description
 from torchdistpackage.parallel.ema_exchange import Exchange, Stream
 from torchdistpackage.parallel.ema_layout import Entry, Segment
+from torchdistpackage.parallel.ema_pieces import AveragePiece, average_pieces
 from torchdistpackage.parallel.ema_tensors import differences, entries_of, flat, listed, named_tensors
 from torchdistpackage.parallel.ema_whole import Blocks, Whole, bitwise_differences, part_of, unfit
 
@@ -152,6 +153,18 @@ class ShardedEMA:
         for index, buffer in self._buffers.items():
             buffer.copy_(local_tensor(tensors[self._layout.entries[index].name]))
         self._num_updates += 1
+
+    def average_pieces(self) -> list[AveragePiece]:
+        """What this rank holds, for `torchdistpackage.checkpoint`, which saves it by name for any other layout."""
+        return [*average_pieces(self._layout, self._exchange.rank, self._segments, self._shards, self._buffers)]
+
+    def average_loaded(self, num_updates: int) -> None:
+        """The pieces have other values now.
+
+        Args:
+            num_updates: What `num_updates` is to be.
+        """
+        self._num_updates = num_updates
 
     def state_dict_shard(self) -> OrderedDict[str, Tensor]:
         """What this rank holds, to be saved by every rank for itself; not copies.

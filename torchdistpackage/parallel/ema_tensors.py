@@ -1,78 +1,22 @@
-"""The tensors of a model as an average over its history sees them: names, order in memory, and what this rank holds.
+"""The tensors of a model as an average over its history sees them: order in memory, and what this rank holds.
 
-Names are those of the whole model, in the order of its state dict. Layers that `flatten_model` made know theirs
-(`split/names.py`); other modules are called as in `model.state_dict()`, without what wrappers put in between::
-
-    module.layer1._orig_mod.0.weight     ->     layer1.0.weight           DDP( layer1 = torch.compile(...) )
+Names are those of the whole model, in the order of its state dict (`split/model_tensors.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdistpackage.errors import CheckpointError, SplitError
-from torchdistpackage.parallel.dtensors import is_dtensor, local_tensor
+from torchdistpackage.errors import CheckpointError
 from torchdistpackage.parallel.ema_layout import Box, Entry, Layout
-from torchdistpackage.parallel.fully_sharded import is_fully_sharded
-from torchdistpackage.split.names import whole_model_state_dict
+from torchdistpackage.split.model_tensors import is_dtensor, local_tensor, named_tensors
 
 __all__ = ["differences", "entries_of", "flat", "listed", "local_box", "named_tensors"]
-
-# Class of a wrapper -> where it keeps the module. By name: to import torch._dynamo, say, takes a second.
-_WRAPPERS = {
-    "AveragedModel": "module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "NaiveDDP": "module",
-    "OptimizedModule": "_orig_mod",
-}
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> the parameter or persistent buffer itself, in the order of the state dict; a tied one under each name.
-
-    Modules of `fully_shard` let go of what they have gathered, so that their parameters are the shards.
-
-    Raises:
-        CheckpointError: It is wrapped in FullyShardedDataParallel, which fuses parameters.
-
-    Example:
-        >>> list(named_tensors(nn.DataParallel(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2, affine=False)))))
-        ['1.running_mean', '1.running_var', '1.num_batches_tracked']
-    """
-    for module in model.modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-            raise CheckpointError(
-                "FullyShardedDataParallel keeps no parameter as such; apply torch.distributed.fsdp.fully_shard instead"
-            )
-        if is_fully_sharded(module):
-            module.reshard()  # type: ignore[operator]
-    try:
-        return whole_model_state_dict(model, keep_vars=True)
-    except SplitError:
-        return dict(_own_names(model))
-
-
-def _own_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    inside: dict[str, str] = {}  # path of a module -> what the names of its tensors begin with
-    wrapped: dict[str, str | None] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        parent, _, attribute = path.rpartition(".")
-        prefix = "" if not path else inside[parent] if wrapped[parent] == attribute else f"{inside[parent]}{attribute}."
-        inside[path] = prefix
-        found = (_WRAPPERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS)
-        wrapped[path] = next(found, None)
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield prefix + name, parameter
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in module._non_persistent_buffers_set:
-                yield prefix + name, buffer
 
 
 def entries_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[Entry]:

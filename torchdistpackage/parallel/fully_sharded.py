@@ -17,27 +17,13 @@ Neighbours: `data_parallel.py` finds these modules and calls this; wrappers of t
 
 from __future__ import annotations
 
-import sys
 from typing import Any, final
-
-from torch import nn
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.dtensors import refuse_fused_shard
+from torchdistpackage.split.model_tensors import is_fully_sharded
 
 __all__ = ["FullySharded", "is_fully_sharded"]
-
-
-def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether torch's `fully_shard` was applied to this very module.
-
-    Example:
-        >>> is_fully_sharded(nn.Linear(2, 2))
-        False
-    """
-    loaded = sys.modules.get("torch.distributed.fsdp")  # whoever has sharded a module has loaded it: 0.1 s for others
-    kind = getattr(loaded, "FSDPModule", None)
-    return kind is not None and isinstance(module, kind)
 
 
 @final

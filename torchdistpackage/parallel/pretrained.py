@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from torchdistpackage.errors import CheckpointError
+from torchdistpackage.parallel.agreement import together
 from torchdistpackage.parallel.step_plan import placement_of
 from torchdistpackage.schedule import Placement, Plan
 from torchdistpackage.split.decoder.pretrained import load_stages
@@ -56,7 +56,7 @@ def load_causal_lm(
         placement = placement_of(schedule, tpc.get_pp_size(), chunks)
         return load_stages(directory, placement.num_stages, placement.local_stages(tpc.get_pp_rank()), **options)
 
-    return _together(load, "load its stages")
+    return together(load, "load its stages", CheckpointError)
 
 
 def save_causal_lm(
@@ -90,35 +90,13 @@ def save_causal_lm(
         ]
         return [dataclasses.asdict(piece) for piece in saved if piece is not None]
 
-    pieces = [piece for theirs in _pipeline_of(_together(save, "write its stages")) for piece in theirs]
+    pieces = [piece for theirs in _pipeline_of(together(save, "write its stages", CheckpointError)) for piece in theirs]
 
     def finish() -> None:
         if writes and tpc.get_pp_rank() == 0:
             write_index(directory, [StageFiles(**piece) for piece in pieces])
 
-    _together(finish, "write the index")  # and nobody reads before it is there
-
-
-Result = TypeVar("Result")
-
-
-def _together(work: Callable[[], Result], what: str) -> Result:
-    """Does something on every rank of all replicas; if it fails on one, it fails on all, and the groups stay whole."""
-    try:
-        result, cause = work(), None
-    except Exception as error:
-        cause = error
-    mine = None if cause is None else f"global rank {dist.get_rank()} could not {what}: {cause}"
-    texts = [mine]
-    for mode in ("pipe", "tensor", "data"):
-        if tpc.is_mode_inited(mode) and tpc.get_group_size(mode) > 1:
-            texts = [text for theirs in gather_json(texts, tpc.get_control_group(mode)) for text in theirs]
-    if cause is not None:
-        raise cause
-    wrong = [text for text in texts if text]
-    if wrong:
-        raise CheckpointError("; ".join(dict.fromkeys(wrong)))
-    return result
+    together(finish, "write the index", CheckpointError)  # and nobody reads before it is there
 
 
 def _pipeline_of(value: Any) -> list[Any]:

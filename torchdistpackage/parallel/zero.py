@@ -44,9 +44,10 @@ from torchdistpackage.parallel.clip_grad_parallel import clip_grad_norm_
 from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
 from torchdistpackage.parallel.sharded_gradients import register
 from torchdistpackage.parallel.zero_arguments import check_arguments, check_optimizer, check_parameters, start_alike
+from torchdistpackage.parallel.zero_buckets import Piece
 from torchdistpackage.parallel.zero_group import ShardGroup
-from torchdistpackage.parallel.zero_memory import ShardMemory, distinct_bytes
-from torchdistpackage.parallel.zero_norm import shard_norms
+from torchdistpackage.parallel.zero_memory import ShardMemory, shard_memory
+from torchdistpackage.parallel.zero_norm import clip_in_world, shard_norms
 from torchdistpackage.parallel.zero_reduce import GradientShards
 from torchdistpackage.parallel.zero_shards import LayoutOptions, ParameterShards
 from torchdistpackage.parallel.zero_state import ShardedState
@@ -275,19 +276,7 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
             return clip_grad_norm_(
                 self._layout.everything(), max_norm, norm_type, error_if_nonfinite, replicated=list(replicated)
             )
-        norm_type = float(norm_type)
-        if not norm_type > 0:
-            raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
-        self.settle()
-        norms = self.norms(self._layout.everything(), norm_type)
-        like = self.like()
-        total = torch.linalg.vector_norm(torch.stack([*norms.values()]), norm_type) if norms else torch.zeros(())
-        total = total.to(dtype=like.dtype, device=like.device)
-        if error_if_nonfinite and not torch.isfinite(total):
-            raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {total.item()}, on every rank")
-        torch.nn.utils.clip_grads_with_norm_(self.with_gradients(self._layout.everything()), max_norm, total)
-        self.remember()
-        return total
+        return clip_in_world(self, self._layout.everything(), max_norm, norm_type, error_if_nonfinite)
 
     # ---- checkpoints and counts ----
 
@@ -336,20 +325,25 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         """
         self._state().load_shard(state_dict)
 
+    def state_pieces(self) -> list[Piece]:
+        """What this rank steps on, for `torchdistpackage.checkpoint`, which saves it by name for any other layout."""
+        return self._state().pieces()
+
+    def state_parameters(self) -> list[list[Tensor]]:
+        """The model's parameters, group by group."""
+        return [list(group) for group in self._layout.given]
+
+    def state_loaded(self) -> None:
+        """Parameters, state and master weights were loaded: none is made from another at the next step."""
+        self._state(refresh=False).loaded()
+
     def memory_report(self) -> ShardMemory:
         """The bytes on this rank.
 
         Example:
             >>> print(optimizer.memory_report())
         """
-        parameters, buckets = self._layout.everything(), self._gradients.buckets
-        state = [value for entry in self.optim.state.values() for value in entry.values()]
-        return ShardMemory(
-            parameters=distinct_bytes(parameters),
-            gradients=distinct_bytes([*(p.grad for p in parameters), *(bucket.gradient for bucket in buckets)]),
-            master=distinct_bytes((piece.tensor for bucket in buckets for piece in bucket.pieces), apart=parameters),
-            state=distinct_bytes(value for value in state if isinstance(value, Tensor)),
-        )
+        return shard_memory(self._layout.everything(), self._gradients.buckets, self.optim.state)
 
     # ---- what clip_grad_parallel.py and grad_scaler.py ask for ----
 
@@ -386,8 +380,9 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
     def __reduce_ex__(self, _: Any) -> Any:
         raise PipelineError("a Bf16ZeroOptimizer cannot be copied or pickled; use its state_dict()")
 
-    def _state(self) -> ShardedState:
-        self._layout.refresh()
+    def _state(self, *, refresh: bool = True) -> ShardedState:
+        if refresh:
+            self._layout.refresh()
         counts = [len(group) for group in self._layout.given]
         return ShardedState(
             self.optim, self._gradients.members, self._gradients.buckets, self.shards, counts, self.partition

@@ -108,6 +108,16 @@ class Piece:
         part = self.read(values)
         self.tensor = (part.to(member.dtype, copy=True) if self.copied else part).requires_grad_()
 
+    @property
+    def parameter(self) -> Tensor:
+        """The model's."""
+        return self.member.parameter
+
+    @property
+    def is_master(self) -> bool:
+        """Whether it is a copy in float32."""
+        return self.member.master
+
     def read(self, values: Tensor) -> Tensor:
         """This piece's part of something that is laid out as the parameter; a view where that is contiguous."""
         return values.detach().reshape(-1)[self.start : self.stop].view(self.shape)

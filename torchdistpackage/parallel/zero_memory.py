@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
 from torchdistpackage.parallel.dtensors import local_tensor
+from torchdistpackage.parallel.zero_buckets import Bucket
 
-__all__ = ["ShardMemory", "distinct_bytes"]
+__all__ = ["ShardMemory", "distinct_bytes", "shard_memory"]
 
 
 @final
@@ -58,3 +59,20 @@ def distinct_bytes(tensors: Iterable[Tensor | None], apart: Iterable[Tensor] = (
             known.add(storage.data_ptr())
             total += storage.nbytes()
     return total
+
+
+def shard_memory(parameters: Sequence[Tensor], buckets: Sequence[Bucket], state: Mapping[Any, Any]) -> ShardMemory:
+    """What an optimizer takes.
+
+    Args:
+        parameters: All of the model's.
+        buckets: All of them.
+        state: The wrapped optimizer's.
+    """
+    values = [value for entry in state.values() for value in entry.values()]
+    return ShardMemory(
+        parameters=distinct_bytes(parameters),
+        gradients=distinct_bytes([*(p.grad for p in parameters), *(bucket.gradient for bucket in buckets)]),
+        master=distinct_bytes((piece.tensor for bucket in buckets for piece in bucket.pieces), apart=parameters),
+        state=distinct_bytes(value for value in values if isinstance(value, Tensor)),
+    )

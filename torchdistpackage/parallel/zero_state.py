@@ -168,6 +168,21 @@ class ShardedState:
             )
         return groups
 
+    # ---- by name, for checkpoint/ ----
+
+    def pieces(self) -> list[Piece]:
+        """What this rank steps on."""
+        return list(self._pieces)
+
+    @torch.no_grad()
+    def loaded(self) -> None:
+        """Parameters and master weights have new values that belong together."""
+        for piece in self._pieces:
+            if piece.copied and not piece.is_master:
+                piece.tensor.copy_(piece.read(piece.member.local()))
+        for member in self._members:
+            member.version = member.parameter._version
+
     # ---- one shard ----
 
     def layout(self) -> dict[str, Any]:

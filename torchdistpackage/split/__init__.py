@@ -21,7 +21,10 @@
 `parts/`             the same, physically split over three parties: Bottom, Trunk and Top
 `pipeline_stage.py`  a stage with its place, for trainers
 `signature.py`       how a model is called and what it returns, flat and back
+`deferred_init.py`   a model that costs no memory, and later the values of a few stages, as if it had been built;
+                     `init_recorder.py`, `init_tape.py` and `places.py` serve it
 `names.py`           whole-model names of a stage's tensors; parameters that several stages share
+`model_tensors.py`   a model's tensors under these names, through wrappers, as this rank holds them
 ===================  =============================================================================
 
 The names below are loaded on first use (PEP 562), so that `boundaries` can be had without importing torch.
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from torchdistpackage.split.decoder.materialize import materialize_stages
     from torchdistpackage.split.decoder.pretrained import load_stages
     from torchdistpackage.split.decoder.pretrained_saving import StageFiles, save_stage, write_index
+    from torchdistpackage.split.deferred_init import RecordedInit, record_init
     from torchdistpackage.split.layout_string import layout_boundaries, parse_layout
     from torchdistpackage.split.names import (
         TiedParameter,
@@ -103,6 +107,7 @@ _HOME = {
     "decoder.materialize": "materialize_stages",
     "decoder.pretrained": "load_stages",
     "decoder.pretrained_saving": "StageFiles save_stage write_index",
+    "deferred_init": "RecordedInit record_init",
     "layout_string": "layout_boundaries parse_layout",
     "names": (
         "TiedParameter load_whole_model_state_dict shared_parameters ties_in ties_of whole_model_names "
@@ -135,6 +140,7 @@ __all__ = [
     "Pipe",
     "PipeInfo",
     "PipelineStage",
+    "RecordedInit",
     "SplitPoint",
     "SplitReport",
     "StageFiles",
@@ -167,6 +173,7 @@ __all__ = [
     "parse_layout",
     "pipe_split",
     "pipeline",
+    "record_init",
     "save_stage",
     "shared_parameters",
     "split",

@@ -283,6 +283,7 @@ def create_automatic_splitter(split_spec: Mapping[str, SplitPoint | str]) -> Mod
             )
         return _splitted([pipe.get_stage_module(i) for i in range(count)], stage_indices, rank, device, pp_group, None)
 
+    vars(split_at_modules)["traces"] = True  # what cannot be traced without weights may be traced with them
     return split_at_modules
 
 

@@ -22,10 +22,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.decoder.filling import fill_stage
 from torchdistpackage.split.decoder.safetensors_header import TensorEntry
 
-__all__ = ["needed_tensors", "torch_dtype"]
+__all__ = ["dtype_in_files", "needed_tensors", "quiet", "torch_dtype"]
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -47,12 +48,32 @@ _DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+_SPELLINGS = {dtype: spelling for spelling, dtype in _DTYPES.items()}
 _FIRST_VALUES = ("_move_missing_keys_from_meta_to_device", "_initialize_missing_keys")  # of transformers' loader
 
 
 def torch_dtype(entry: TensorEntry) -> torch.dtype:
     """The type of a tensor in a file; uint8 for those that torch does not have, which hold packed numbers."""
     return _DTYPES.get(entry.dtype, torch.uint8)
+
+
+def dtype_in_files(dtype: torch.dtype, name: str = "a tensor") -> str:
+    """How safetensors spells a type.
+
+    Args:
+        dtype: Of torch.
+        name: What to call the tensor in the error.
+
+    Raises:
+        CheckpointError: The format has no such type, as those of quantized tensors.
+
+    Example:
+        >>> dtype_in_files(torch.bfloat16)
+        'BF16'
+    """
+    if dtype not in _SPELLINGS:
+        raise CheckpointError(f"{name} is {dtype}, which safetensors files cannot hold; convert it to a float type")
+    return _SPELLINGS[dtype]
 
 
 def needed_tensors(
@@ -86,14 +107,14 @@ def needed_tensors(
     source = _Headers(tensors, name)
     for step in _FIRST_VALUES:  # what is missing is named afterwards, and must not take memory before
         vars(part)[step] = lambda *args, **kwargs: None
-    with _quiet():
+    with quiet():
         fill_stage(part, whole, source, dtype, trust_remote_code)
     return frozenset(source.noted)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the loader from saying that weights are loaded, and for each stage which ones it does not know."""
+def quiet() -> Iterator[None]:
+    """Keeps transformers from saying that weights are loaded or written, and which ones a stage does not know."""
     from transformers.utils import logging as bars
 
     switch: Any = bars
