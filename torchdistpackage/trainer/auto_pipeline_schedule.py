@@ -12,12 +12,10 @@ Neighbours: `functional.py` makes these, `auto_pipeline.py` calls them, `paralle
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from torchdistpackage.errors import PipelineError, ScheduleError
 from torchdistpackage.parallel import forward_backward
@@ -26,28 +24,11 @@ from torchdistpackage.parallel.step_plan import placement_of, resolve_plan
 from torchdistpackage.schedule import Plan, describe
 from torchdistpackage.split.names import ties_in
 from torchdistpackage.split.pipeline_stage import PipelineStage
+from torchdistpackage.trainer.batch_arguments import count_rows, cut_along_rows, restored
 
 __all__ = ["PipelineSchedule", "check_shared"]
 
 LossFn = Callable[[Any, Any], Tensor]
-
-
-class _HookError(PipelineError, ValueError):
-    """A model's hook names what was not given."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Whole:
-    """A tensor that every micro-batch gets as it is."""
-
-    tensor: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Moved:
-    """A tensor that is cut along another dim than the first: where it was."""
-
-    dim: int
 
 
 @final
@@ -184,13 +165,13 @@ class PipelineSchedule:
         given = dict(kwargs)
         ids = given.pop("input_ids", None)
         model_input = ids if model_input is None else model_input
-        arguments = _cut_dims(self.stages[0].submod, given)
+        arguments = cut_along_rows(self.stages[0].submod, given)
         bundles: list[dict[str, Any]] = []
         rows = None
         for stage in self.stages:
             bundle: dict[str, Any] = {"kwargs": arguments}
             if stage.is_first:
-                rows = _rows(model_input)
+                rows = count_rows(model_input)
                 if rows is None:
                     raise PipelineError(
                         "the first stage got no input: pass step(input_ids, ...) on this rank, a tensor (rows, ...)"
@@ -199,7 +180,7 @@ class PipelineSchedule:
             if stage.is_last:
                 self._check_target(target, given, forward_only)
                 bundle["target"] = target
-                count = _rows(target if target is not None else given.get("labels"))
+                count = count_rows(target if target is not None else given.get("labels"))
                 if count is not None:
                     bundle["number"] = torch.arange(count)
             bundles.append(bundle)
@@ -281,7 +262,7 @@ def _runner(stage: PipelineStage, loss_fn: LossFn | None, found: list[tuple[int,
     def run(arguments: Any) -> Any:
         *came, bundle = [arguments] if stage.is_first else arguments
         received = bundle["input"] if stage.is_first else came[0] if len(came) == 1 else tuple(came)
-        kwargs = {name: _restored(value) for name, value in bundle["kwargs"].items()}
+        kwargs = {name: restored(value) for name, value in bundle["kwargs"].items()}
         output = stage.submod(received, **kwargs)
         if not stage.is_last or (bundle["target"] is None and kwargs.get("labels") is None):
             return output
@@ -291,41 +272,3 @@ def _runner(stage: PipelineStage, loss_fn: LossFn | None, found: list[tuple[int,
         return loss
 
     return run
-
-
-def _cut_dims(part: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The model's arguments, ready to be cut along dim 0."""
-    owner = part if hasattr(part, "get_pipeline_kwargs_chunk_dims") else getattr(part, "module", part)
-    hook = getattr(owner, "get_pipeline_kwargs_chunk_dims", None)
-    dims: Mapping[str, int] = (hook(kwargs) if hook is not None else None) or {}
-    unknown = sorted(dims.keys() - kwargs.keys())
-    if unknown:
-        raise _HookError(
-            f"get_pipeline_kwargs_chunk_dims names the unknown kwarg(s) {', '.join(unknown)}; given are "
-            f"{', '.join(kwargs) or 'none'}"
-        )
-    return {name: _ready(value, dims.get(name, 0)) for name, value in kwargs.items()}
-
-
-def _ready(value: Any, dim: int) -> Any:
-    if not isinstance(value, Tensor):
-        return pytree.tree_map_only(Tensor, lambda leaf: _ready(leaf, 0), value)
-    if value.dim() == 0 or value.shape[dim] == 1:
-        return _Whole(value)  # one row for all: a position a token, a mask that is broadcast
-    return value if dim == 0 else (value.movedim(dim, 0), _Moved(dim))
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, _Whole):
-        return value.tensor
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], _Moved):
-        return value[0].movedim(0, value[1].dim)
-    if isinstance(value, Tensor):
-        return value
-    return pytree.tree_map_only(_Whole, lambda leaf: leaf.tensor, value)
-
-
-def _rows(value: Any) -> int | None:
-    leaves = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim() > 0)
-    first = next(leaves, None)
-    return None if first is None else first.shape[0]
