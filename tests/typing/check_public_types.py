@@ -9,7 +9,9 @@ from torch import nn
 from typing_extensions import assert_type
 
 import torchdistpackage as tdp
+from torchdistpackage.checkpoint import CheckpointInfo, ExportReport, Loaded, export_safetensors, list_checkpoints
 from torchdistpackage.schedule import CostModel, Plan, Timeline, build, names, planner, simulate
+from torchdistpackage.trainer import TrainOutput
 
 assert_type(build("1f1b", 2, 4), Plan)
 assert_type(names(), tuple[str, ...])
@@ -30,3 +32,8 @@ assert_type(tdp.apply_tensor_parallel(nn.Linear(2, 2)), nn.Module)
 assert_type(tdp.ShardedEMA(nn.Linear(2, 2)).num_updates, int)
 assert_type(tdp.fix_rand(), int)
 assert_type(tdp.get_mp_ckpt_suffix(), str)
+assert_type(tdp.PipelineTrainer(model_init=lambda: nn.Linear(2, 2), train_dataset=[]).train(), TrainOutput)
+assert_type(tdp.PipelineTrainer(model=nn.Linear(2, 2), eval_dataset=[]).evaluate(), dict[str, float])
+assert_type(tdp.Checkpointer("run", nn.Linear(2, 2)).load(), Loaded | None)
+assert_type(list_checkpoints("run"), list[CheckpointInfo])
+assert_type(export_safetensors("run", "tuned"), ExportReport)
