@@ -105,3 +105,17 @@ def test_one_label_a_row_is_no_next_token():
 def test_an_output_without_logits_asks_for_a_loss_function():
     with pytest.raises(TrainerError, match="a dict without logits: pass compute_loss_func"):
         WeightedLoss(None).share({"hidden": torch.zeros(2, 3)}, torch.zeros(2, dtype=torch.long), 2.0)
+
+
+def test_a_loss_of_the_users_is_asked_whether_it_shifts_under_any_model():
+    logits = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0))
+    for function in (shifting, not_shifting):
+        torch.testing.assert_close(total_of(WeightedLoss(function), logits, LABELS, 1), function(logits, LABELS))
+
+
+def test_what_is_counted_may_be_known_before():
+    loss, logits = WeightedLoss(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 4.0]))), torch.zeros(2, 3)
+    labels = torch.tensor([1, 2])
+    assert loss.count(labels) == 6.0
+    torch.testing.assert_close(loss.share(logits, labels, 12.0, counted=6.0), loss.share(logits, labels, 12.0))
+    assert loss.share(logits, labels, 12.0, counted=0.0) == 0

@@ -312,8 +312,9 @@ class Executor:
             )  # what a stage got is its own: nothing is held longer than its graph holds it
             with nullcontext() if self._recorder is None else self._recorder.forward(at.stage, own):
                 # Several chunks may share parameters, which are complete only after the last chunk; and the halves of
-                # a backward may leave out parameters that a whole one would have reported.
-                only = self._filled == 1 and len(self._stages) == 1 and not self._splits
+                # a backward may leave out parameters that a whole one would have reported. That another micro-batch has
+                # no rows does not count: it may have some on a replica, and all replicas must reduce in one way.
+                only = self.plan.num_microbatches == 1 and len(self._stages) == 1 and not self._splits
                 last = i == self._last_backward.get(at.stage)
                 output = stage.forward(i, message, own, far=far, only=only, last=last)
             if self._looks:

@@ -152,7 +152,7 @@ class Stage:
             message: From the stage before; None on the first stage.
             own: This stage's slices of its own inputs.
             far: From stages further before, first one first; the function gets their values in front of the others.
-            only: Whether this is the one micro-batch of the step that has rows: torch's data-parallel wrappers then
+            only: Whether this is the one micro-batch of the step: torch's data-parallel wrappers then
                 work as they are.
             last: Whether its backward will be the stage's last one of the step.
 

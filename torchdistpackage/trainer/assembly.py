@@ -13,17 +13,20 @@ Neighbours: `stages.py` cuts and fills, `replication.py` wraps, `optimizers.py` 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torchdistpackage.errors import TrainerError
 from torchdistpackage.parallel import PipelineGradScaler
+from torchdistpackage.parallel.agreement import together
 from torchdistpackage.parallel.step_plan import placement_of
-from torchdistpackage.schedule import Placement, Plan
+from torchdistpackage.schedule import Placement, Plan, describe, names
 from torchdistpackage.topology import tpc
 from torchdistpackage.trainer.arguments import PipelineTrainingArguments
 from torchdistpackage.trainer.batches import Batch
@@ -37,6 +40,8 @@ from torchdistpackage.trainer.steps import PipelineSteps
 __all__ = ["Factories", "Run", "build_run", "cut_for"]
 
 Factory = Callable[..., Any]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -202,13 +207,23 @@ def build_run(
     stages = replicated(cut.stages, args.data_parallel, device)
     now = dict(modules.named_parameters())  # fully_shard has put others in their places
     named = [(name, now[path]) for path, name in paths.items()]
-    made = make_optimizer(
-        [(name, parameter) for name, parameter in named if parameter.requires_grad],
-        args,
-        factories.optimizer,
-        factories.optimizer_cls_and_kwargs,
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    made = together(
+        lambda: make_optimizer(trained, args, factories.optimizer, factories.optimizer_cls_and_kwargs),
+        "make the optimizer",
+        TrainerError,
     )
     optimizer = sharded_optimizer(made, args.data_parallel)
+    scheduler = together(
+        lambda: make_scheduler(optimizer, args, total_steps, factories.lr_scheduler),
+        "make the learning rate schedule",
+        TrainerError,
+    )
+    if isinstance(scheduler, ReduceLROnPlateau) and args.eval_strategy == "no":
+        raise TrainerError(
+            "ReduceLROnPlateau looks at metric_for_best_model of evaluations, and there are none: pass "
+            "eval_strategy='steps' or 'epoch'"
+        )
     scaler = PipelineGradScaler(device.type) if args.fp16 else None
     common: dict[str, Any] = {
         "num_stages": placement_for(args).num_stages,
@@ -220,14 +235,45 @@ def build_run(
         "mask_creator": cut.mask_creator,
         "is_fixed": isinstance(args.resolved_schedule, Plan),
     }
+    if args.debug_pipeline or args.debug_split_model or args.debug_model_params or args.debug_model_init:
+        _describe(args, cut)
     return Run(
         cut,
         stages,
         modules,
-        PipelineSteps(stages, **common, scaler=scaler, quiet=quiet_contexts(stages, optimizer)),
+        PipelineSteps(
+            stages,
+            **common,
+            scaler=scaler,
+            merges=_holds_few(args.resolved_schedule),
+            quiet=quiet_contexts(stages, optimizer),
+        ),
         PipelineSteps(dict(cut.stages), **common),
         optimizer,
-        make_scheduler(optimizer, args, total_steps, factories.lr_scheduler),
+        scheduler,
         scaler,
         device,
     )
+
+
+def _holds_few(schedule: str | Plan) -> bool:
+    """Whether more micro-batches cost no more memory; of a plan that is chosen later nobody knows."""
+    return isinstance(schedule, str) and schedule in names() and describe(schedule).memory != "m"
+
+
+def _describe(args: PipelineTrainingArguments, cut: CutModel) -> None:
+    """Logs what the `debug_` arguments ask for."""
+    placement, rank = placement_for(args), tpc.get_pp_rank()
+    if args.debug_pipeline:
+        ranks = [list(placement.local_stages(other)) for other in range(placement.num_ranks)]
+        _log.info(
+            "schedule %s, %s micro-batches, stages of the ranks: %s", args.resolved_schedule, args.n_microbatches, ranks
+        )
+    for index, stage in cut.stages.items():
+        if args.debug_split_model:
+            _log.info("stage %d on rank %d:\n%s", index, rank, stage)
+        if args.debug_model_params:
+            told = [f"{name} {tuple(each.shape)} {each.dtype}" for name, each in stage.named_parameters()]
+            _log.info("stage %d on rank %d has the parameters\n%s", index, rank, "\n".join(told))
+    if args.debug_model_init:
+        _log.info("rank %d has %d of the model's parameters, %d in all", rank, len(cut.names), cut.num_parameters)

@@ -10,22 +10,25 @@ put back into the order of the dataset there::
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from torchdistpackage.errors import TrainerError
 from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import gather_json
 from torchdistpackage.trainer.batches import Batch
+from torchdistpackage.trainer.losses import IGNORED
 from torchdistpackage.trainer.process_layout import from_every_rank
 from torchdistpackage.trainer.steps import Evaluated, PipelineSteps
 
-__all__ = ["EvalPrediction", "run_evaluation"]
+__all__ = ["EvalPrediction", "in_eval_mode", "run_evaluation"]
 
 
 class EvalPrediction(NamedTuple):
@@ -38,6 +41,18 @@ class EvalPrediction(NamedTuple):
 
     predictions: Any
     label_ids: Any
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts all of a module into evaluation mode; afterwards every part has the mode that it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def run_evaluation(
@@ -115,8 +130,11 @@ def _computed(
 
 
 def _in_order(parts: list[Tensor]) -> Tensor:
-    """The rows of all replicas as they were in the dataset: row i of replica r is row i * d + r."""
-    own = torch.cat([part.cpu() for part in parts]) if parts else torch.empty(0)
+    """The rows of all replicas as they were in the dataset: row i of replica r is row i * d + r.
+
+    Where batches are padded to different lengths, all are to the longest, with -100, as Hugging Face's Trainer does.
+    """
+    own = _stacked([part.cpu() for part in parts]) if parts else torch.empty(0)
     replicas = tpc.get_dp_size()
     if replicas == 1:
         return own
@@ -128,9 +146,23 @@ def _in_order(parts: list[Tensor]) -> Tensor:
             buffer = own.contiguous() if rank == group.rank() else torch.empty(shape, dtype=getattr(torch, dtype))
             dist.broadcast(buffer, src=dist.get_global_rank(group, rank), group=group)
             gathered.append(buffer)
-    filled = [part for part in gathered if len(part)]
-    whole = torch.empty(sum(map(len, filled)), *filled[0].shape[1:], dtype=filled[0].dtype)
-    for rank, part in enumerate(gathered):
-        if len(part):
-            whole[rank::replicas][: len(part)] = part
+    counts = [len(part) for part in gathered]
+    joined = _stacked([part for part in gathered if len(part)])
+    whole, start = torch.empty_like(joined), 0
+    for rank, count in enumerate(counts):
+        whole[rank::replicas][:count] = joined[start : start + count]
+        start += count
     return whole
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    longest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    return torch.cat([_padded(part, longest) for part in parts])
+
+
+def _padded(part: Tensor, sizes: list[int]) -> Tensor:
+    """With every dim but the first as long as that."""
+    missing = [wanted - size for wanted, size in zip(sizes, part.shape[1:], strict=True)]
+    if not any(missing):
+        return part
+    return functional.pad(part, [amount for size in reversed(missing) for amount in (0, size)], value=IGNORED)

@@ -40,7 +40,9 @@ class Events:
         self.state, self.control = state, TrainerControl()
         given = list(given)
         self.handler = CallbackHandler([DefaultFlowCallback(), *given, *built_in])
-        self._args, self._shown, self._agrees = args, dict(shown), bool(given)
+        self._args, self._shown = args, dict(shown)
+        self._steered = bool(given)  # by callbacks of the user's, here
+        self._agrees = False
 
     def call(self, event: str, **kwargs: Any) -> None:
         """Something happens: every callback that has a method of this name is called."""
@@ -55,10 +57,17 @@ class Events:
     def add(self, callback: Any) -> None:
         """One more callback of the user's."""
         self.handler.add(callback)
-        self._agrees = True
+        self._steered = True
+
+    def begin(self) -> None:
+        """Comes before a run: finds out whether any rank has callbacks that could steer it alone. Collective."""
+        self._agrees = any_rank_wants([self._steered])[0]
 
     def agree(self) -> None:
-        """Raises the flags on every rank that are up on any: a callback may look at a clock. Collective."""
+        """Raises the flags on every rank that are up on any: a callback may look at a clock. Collective.
+
+        Without callbacks of the user's all ranks raise the same flags, and no message is sent.
+        """
         if not self._agrees or tpc.get_pp_size() * tpc.get_dp_size() == 1:
             return
         wanted = any_rank_wants([getattr(self.control, flag) for flag in _FLAGS])

@@ -23,7 +23,7 @@ from torchdistpackage.errors import TrainerError
 from torchdistpackage.topology import tpc
 from torchdistpackage.trainer.arguments import PipelineTrainingArguments
 from torchdistpackage.trainer.batches import Batch, BatchSource, RawBatch, read_batch
-from torchdistpackage.trainer.process_layout import any_rank_wants
+from torchdistpackage.trainer.process_layout import any_rank_wants, from_every_rank
 
 __all__ = ["Feed", "first_rows", "grouped"]
 
@@ -66,6 +66,14 @@ class Feed:
             prefetch_factor=args.dataloader_prefetch_factor,
             even=args.data_parallel == "fsdp2",
         )
+
+    def batches_per_epoch(self, source: BatchSource) -> int | None:
+        """Batches of an epoch, the same on every rank; None if nobody knows. Collective for a user's DataLoader."""
+        length = source.batches_per_epoch
+        if not isinstance(source.dataset, DataLoader):
+            return length
+        lengths: list[int | None] = from_every_rank(length)  # they may differ: the shortest ends the epoch
+        return None if None in lengths else min(each for each in lengths if each is not None)
 
     def batches(self, source: BatchSource, epoch: int, skip_rows: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, read and without padding.

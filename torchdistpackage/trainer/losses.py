@@ -13,9 +13,12 @@ all tokens that count, on all replicas and in all batches that are accumulated::
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, final
 
 import torch
@@ -98,6 +101,9 @@ class WeightedLoss:
             Hugging Face's `compute_loss_func(outputs, labels, num_items_in_batch)`, the sum over what counts divided
             by that number. None for the loss of a causal language model, or of a classifier.
         is_causal_lm: Whether the model predicts the next token.
+        vocabulary: Its size. A function of the user's that gets a label a token is asked once whether it shifts them,
+            with logits of this size; one that then raises is taken for one that does not.
+        device: Where losses are computed: a loss module with tensors elsewhere, such as class weights, is copied there.
 
     Raises:
         TrainerError: The function cannot be called.
@@ -108,34 +114,45 @@ class WeightedLoss:
         2.0
     """
 
-    def __init__(self, function: Callable[..., Any] | None = None, is_causal_lm: bool = False) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any] | None = None,
+        is_causal_lm: bool = False,
+        *,
+        vocabulary: int = 8,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if function is not None and not callable(function):
             raise TrainerError(
                 f"compute_loss_func must be a function (logits, labels) -> mean loss, got {type(function).__name__}"
             )
-        self._causal = is_causal_lm
-        self.function: Callable[..., Any] = function or (_causal_loss if is_causal_lm else _classifier_loss)
+        self._causal, self._vocabulary = is_causal_lm, vocabulary
+        default = _causal_loss if is_causal_lm else _classifier_loss
+        self.function: Callable[..., Any] = default if function is None else _on(function, torch.device(device))
         self._takes_count = _has_parameter(self.function, "num_items_in_batch")
         self._is_sum = getattr(self.function, "reduction", "mean") == "sum"
         ignored = getattr(self.function, "ignore_index", IGNORED)
         self._ignored: int = ignored if isinstance(ignored, int) else IGNORED
         self._shifts = is_causal_lm and (self._takes_count or self.function is _causal_loss)
-        self._asked = not is_causal_lm or self._shifts
+        self._asked = function is None or self._shifts
+        weighs = isinstance(self.function, (nn.CrossEntropyLoss, nn.NLLLoss))
+        weights = getattr(self.function, "weight", None) if weighs else None
+        self._weights = None if weights is None else weights.detach().double().cpu()
 
     def count(self, labels: Any) -> float:
         """What the loss of these labels is a mean over: tokens or pixels that are not ignored, or rows."""
         if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() > 0:
             if not self._asked and labels.dim() == 2:
-                self._shifts, self._asked = _shifts(self.function, self._ignored), True
+                function = partial(self.function, num_items_in_batch=1.0) if self._takes_count else self.function
+                self._shifts, self._asked = _shifts(function, self._ignored, self._vocabulary), True
             counted = labels[..., 1:] if self._shifts and labels.dim() > 1 else labels
             real = counted != self._ignored
-            weights = getattr(self.function, "weight", None)
-            if isinstance(self.function, (nn.CrossEntropyLoss, nn.NLLLoss)) and isinstance(weights, Tensor):
-                return float(weights.to(counted.device)[counted[real]].sum(dtype=torch.float64))
-            return float(real.sum())
+            return float(real.sum() if self._weights is None else self._weights[counted[real].cpu()].sum())
         return float(count_rows(labels) or 0)
 
-    def share(self, output: Any, labels: Any, total: float, replicas: int = 1) -> Tensor:
+    def share(
+        self, output: Any, labels: Any, total: float, replicas: int = 1, *, counted: float | None = None
+    ) -> Tensor:
         """A micro-batch's share of the batch's loss, times what data parallelism is going to divide by.
 
         Args:
@@ -143,11 +160,12 @@ class WeightedLoss:
             labels: Its labels.
             total: What the whole batch counts, on all replicas.
             replicas: Their number: gradients are averaged over them.
+            counted: What the labels count, if it is known: to ask labels on a GPU is to wait for it.
 
         Raises:
             TrainerError: The loss is not a tensor of one element.
         """
-        counted = self.count(labels)
+        counted = self.count(labels) if counted is None else counted
         if not counted:  # a mean over nothing would be a NaN
             leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
             zero = torch.stack([leaf.sum(dtype=torch.float32) for leaf in leaves]).sum() if leaves else torch.zeros(())
@@ -165,23 +183,31 @@ class WeightedLoss:
             )
         return value.reshape(()) if factor == 1.0 else value.reshape(()) * factor
 
-    def summed(self, output: Any, labels: Any) -> Tensor:
+    def summed(self, output: Any, labels: Any, *, counted: float | None = None) -> Tensor:
         """The loss of a micro-batch times what it counts, for evaluation; in float64."""
-        counted = self.count(labels)
+        counted = self.count(labels) if counted is None else counted
         if not counted:
             return torch.zeros((), dtype=torch.float64)
-        if self._takes_count:
-            return self.share(output, labels, counted).double() * counted
-        value = self.share(output, labels, counted).double()
+        value = self.share(output, labels, counted, counted=counted).double()
         return value if self._is_sum else value * counted
 
     def _packed(self, output: Any) -> Any:
         """What Hugging Face's loss functions take: an object with `logits`."""
         if not self._causal or not isinstance(output, Tensor):
             return output
-        from transformers.modeling_outputs import CausalLMOutput
-
+        try:
+            from transformers.modeling_outputs import CausalLMOutput
+        except ModuleNotFoundError:
+            return SimpleNamespace(logits=output)
         return CausalLMOutput(logits=output)
+
+
+def _on(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A loss module on the device: a copy, where its tensors are elsewhere."""
+    if not isinstance(function, nn.Module):
+        return function
+    tensors = [*function.parameters(), *function.buffers()]
+    return function if all(each.device.type == device.type for each in tensors) else copy.deepcopy(function).to(device)
 
 
 def _has_parameter(function: Callable[..., Any], name: str) -> bool:
@@ -193,10 +219,10 @@ def _has_parameter(function: Callable[..., Any], name: str) -> bool:
 
 
 @torch.no_grad()
-def _shifts(function: Callable[..., Any], ignored: int) -> bool:
+def _shifts(function: Callable[..., Any], ignored: int, vocabulary: int) -> bool:
     """Whether a user's loss leaves the first label of each row out: asked with a row in which only that one counts."""
     try:
-        value = float(function(torch.zeros(1, 2, 8), torch.tensor([[1, ignored]])))
+        value = float(function(torch.zeros(1, 2, vocabulary), torch.tensor([[1, ignored]])))
     except Exception as error:  # it is made for other inputs; what it then counts is what it is given
         _log.debug("compute_loss_func was asked whether it shifts labels, and raised %r", error)
         return False

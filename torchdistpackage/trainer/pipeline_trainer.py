@@ -34,18 +34,19 @@ from torch import nn
 from torchdistpackage.checkpoint import save_safetensors
 from torchdistpackage.errors import TrainerError
 from torchdistpackage.parallel import save_causal_lm
+from torchdistpackage.parallel.agreement import together
 from torchdistpackage.split import ModelSplitter
 from torchdistpackage.topology import tpc
 from torchdistpackage.trainer.arguments import PipelineTrainingArguments
 from torchdistpackage.trainer.assembly import Factories, build_run, cut_for
 from torchdistpackage.trainer.batches import Batch, BatchSource
 from torchdistpackage.trainer.callbacks import TrainerState
-from torchdistpackage.trainer.evaluation import run_evaluation
+from torchdistpackage.trainer.evaluation import in_eval_mode, run_evaluation
 from torchdistpackage.trainer.events import Events
 from torchdistpackage.trainer.feed import Feed
 from torchdistpackage.trainer.functional import get_schedule_class
 from torchdistpackage.trainer.losses import WeightedLoss
-from torchdistpackage.trainer.process_layout import device_of, from_first_rank, set_up_processes
+from torchdistpackage.trainer.process_layout import device_of, from_first_rank, others_are_told, set_up_processes
 from torchdistpackage.trainer.progress import ProgressCallback
 from torchdistpackage.trainer.run_checkpoints import RunCheckpoints
 from torchdistpackage.trainer.trackers import reporting_callbacks
@@ -152,16 +153,23 @@ class PipelineTrainer:
             model=model,
             model_init=model_init,
             splitter=model_splitter,
-            example=_example(feed, source, eval_dataset),
+            example=together(
+                lambda: _example(feed, source, eval_dataset), "read the first batch for the splitter", TrainerError
+            ),
             device=self.device,
             seed=feed.seed,
         )
         self._feed = replace(feed, default_labels=cut.is_causal_lm)
-        state = _new_state(args, source)
+        state = _new_state(args, None if source is None else feed.batches_per_epoch(source), source is not None)
         self._run = build_run(
             args,
             cut,
-            loss=WeightedLoss(compute_loss_func, cut.is_causal_lm),
+            loss=WeightedLoss(
+                compute_loss_func,
+                cut.is_causal_lm,
+                vocabulary=getattr(cut.config, "vocab_size", None) or 8,
+                device=self.device,
+            ),
             factories=Factories(optimizer_factory, optimizer_cls_and_kwargs, lr_scheduler_factory),
             total_steps=state.max_steps,
             device=self.device,
@@ -171,10 +179,11 @@ class PipelineTrainer:
         state.is_local_process_zero = state.is_world_process_zero
         built_in = [*reporting_callbacks(args.report_to), ProgressCallback()]
         self._events = Events(args, state, callbacks or (), built_in, self._shown(source))
-        self._loop = None if source is None else self._new_loop(train_dataset)
+        self._loop = None if source is None else self._new_loop(source)
         if dist.get_rank() > 0:  # replicas and stages draw other dropout masks; the first rank those of the plain loop
             _seed_generators(feed.seed, dist.get_rank())
-        self._events.call("on_init_end")
+        with others_are_told("making the trainer"):
+            self._events.call("on_init_end")
 
     @property
     def state(self) -> TrainerState:
@@ -205,9 +214,9 @@ class PipelineTrainer:
         """
         if self._loop is None:
             raise TrainerError("there is no train_dataset: pass it to the trainer, or call evaluate()")
-        summary = self._loop.run(
-            self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        )
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        with others_are_told("training"):
+            summary = self._loop.run(resume)
         return TrainOutput(self.state.global_step, summary["train_loss"], summary)
 
     # ---- evaluation ----
@@ -230,25 +239,27 @@ class PipelineTrainer:
         if dataset is None:
             raise TrainerError("there is no eval_dataset: pass it to the trainer or to evaluate()")
         named = dataset if isinstance(dataset, dict) else {None: dataset}
-        modes = [(module, module.training) for module in self._run.modules.modules()]
-        self._run.modules.eval()
         metrics: dict[str, float] = {}
-        for name, one in named.items():
-            source = self._feed.source(one, training=False)
-            most = self.args.max_eval_steps if self.args.max_eval_steps > 0 else None
-            metrics |= run_evaluation(
-                self._run.evaluation,
-                islice(self._feed.batches(source, 0), most),
-                metric_key_prefix if name is None else f"{metric_key_prefix}_{name}",
-                self._compute_metrics,
-                partial(self._events.call, "on_prediction_step", eval_dataloader=source),
-            )
-        for module, mode in modes:
-            module.training = mode
-        metrics["epoch"] = round(self.state.epoch, 4)
-        self._events.log(metrics)
-        self._events.call("on_evaluate", metrics=metrics)
+        with others_are_told("evaluating"):
+            with in_eval_mode(self._run.modules):
+                for name, one in named.items():
+                    prefix = metric_key_prefix if name is None else f"{metric_key_prefix}_{name}"
+                    metrics |= self._evaluated(one, prefix)
+            metrics["epoch"] = round(self.state.epoch, 4)
+            self._events.log(metrics)
+            self._events.call("on_evaluate", metrics=metrics)
         return metrics
+
+    def _evaluated(self, dataset: Any, prefix: str) -> dict[str, float]:
+        source = self._feed.source(dataset, training=False)
+        most = self.args.max_eval_steps if self.args.max_eval_steps > 0 else None
+        return run_evaluation(
+            self._run.evaluation,
+            islice(self._feed.batches(source, 0), most),
+            prefix,
+            self._compute_metrics,
+            partial(self._events.call, "on_prediction_step", eval_dataloader=source),
+        )
 
     # ---- checkpoints and models ----
 
@@ -266,7 +277,9 @@ class PipelineTrainer:
         """
         directory = self.args.output_dir if output_dir is None else output_dir
         stages = self._run.cut.stages
-        if self._run.cut.is_causal_lm and all(hasattr(stage, "save_pretrained") for stage in stages.values()):
+        sharded = self.args.data_parallel == "fsdp2" and tpc.get_dp_size() > 1  # not the modules that they were
+        theirs = self._run.cut.is_causal_lm and all(hasattr(stage, "save_pretrained") for stage in stages.values())
+        if theirs and not sharded:
             save_causal_lm(stages, directory)
         else:
             save_safetensors(stages, directory, config=self._run.cut.config)
@@ -314,9 +327,9 @@ class PipelineTrainer:
         """Takes a callback out, by object or class."""
         self._events.handler.remove(callback)
 
-    def _new_loop(self, dataset: Any) -> TrainingLoop:
+    def _new_loop(self, source: BatchSource) -> TrainingLoop:
         return TrainingLoop(
-            self.args, self._run, self._feed, dataset, self._events, self._checkpoints, lambda: self.evaluate()
+            self.args, self._run, self._feed, source, self._events, self._checkpoints, lambda: self.evaluate()
         )
 
     def _shown(self, source: BatchSource | None) -> dict[str, Any]:
@@ -348,10 +361,9 @@ def _example(feed: Feed, source: BatchSource | None, eval_dataset: Any) -> Batch
     return feed.example(feed.source(one, training=False))
 
 
-def _new_state(args: PipelineTrainingArguments, source: BatchSource | None) -> TrainerState:
-    batches = None if source is None else source.batches_per_epoch
+def _new_state(args: PipelineTrainingArguments, batches: int | None, trains: bool) -> TrainerState:
     per_epoch = None if batches is None else -(-batches // args.gradient_accumulation_steps)
-    steps = 0 if source is None else args.train_steps(per_epoch)
+    steps = args.train_steps(per_epoch) if trains else 0
     state = TrainerState(
         max_steps=steps,
         num_train_epochs=math.ceil(steps / per_epoch) if per_epoch else math.ceil(args.num_train_epochs),

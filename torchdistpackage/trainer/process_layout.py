@@ -10,19 +10,27 @@ One process without a launcher is a pipeline of one. Neighbours: `topology/` doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from torchdistpackage.errors import TrainerError
-from torchdistpackage.parallel.pipeline_state import guarded
+from torchdistpackage.errors import CheckpointError, SplitError, TrainerError
+from torchdistpackage.parallel.pipeline_state import current_state, guarded
 from torchdistpackage.topology import setup_distributed, tpc
 from torchdistpackage.topology.exchange import broadcast_json, gather_json
 from torchdistpackage.trainer.arguments import PipelineTrainingArguments
 
-__all__ = ["any_rank_wants", "device_of", "from_every_rank", "set_up_processes"]
+__all__ = [
+    "any_rank_wants",
+    "device_of",
+    "from_every_rank",
+    "from_first_rank",
+    "others_are_told",
+    "set_up_processes",
+]
 
 _MODES = ("pipe", "tensor", "data")
 
@@ -34,7 +42,7 @@ def set_up_processes(args: PipelineTrainingArguments) -> None:
         TrainerError: The sizes do not fit the number of processes, or groups that are there.
         TopologyError: torch.distributed cannot be started.
     """
-    if tpc.is_mode_inited("pipe"):
+    if tpc._is_inited("global"):
         _check_present(args)
         return
     cpu = args.use_cpu or not torch.cuda.is_available()
@@ -61,11 +69,6 @@ def _check_present(args: PipelineTrainingArguments) -> None:
     ):
         if wanted is not None and wanted != have:
             raise TrainerError(f"{name}={wanted}, but the process groups that are set up have {have}: leave it out")
-    if not tpc.is_mode_inited("data"):
-        raise TrainerError(
-            "the process groups that are set up have no 'data' dimension: call tpc.setup_process_groups([('data', d), "
-            "('pipe', p)]), or leave the set-up to the trainer"
-        )
     if tpc.get_tp_size() > 1:
         raise TrainerError(
             f"the tensor groups have {tpc.get_tp_size()} ranks, and this trainer does not shard layers: write the loop "
@@ -83,6 +86,31 @@ def device_of(args: PipelineTrainingArguments) -> torch.device:
     if args.use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextmanager
+def others_are_told(action: str) -> Iterator[None]:
+    """Surrounds what a user's code may fail in on one rank alone: a dataset, a callback, an optimizer.
+
+    Steps and collectives tell of their own failures. What fails between them would be heard of when this process ends,
+    which may be never; now the other ranks raise at their next step or collective, and name this rank.
+
+    Args:
+        action: What this rank was doing, for the error on the others.
+
+    Raises:
+        BaseException: What was raised inside, as it is.
+    """
+    transport = current_state().transport
+    epoch = transport.epoch
+    try:
+        yield
+    except (CheckpointError, SplitError):  # raised on every rank
+        raise
+    except BaseException as error:
+        if transport.epoch != epoch:  # a step has told already
+            raise
+        transport.fail(error, action)
 
 
 def from_every_rank(value: Any) -> list[Any]:

@@ -50,16 +50,22 @@ class Records:
     Args:
         device: Where losses are.
         counts_tokens: Whether the first input of a batch is tokens.
+        has_loss: Whether this rank has the last stage.
         first_timed: The first step of this process, from 1, that counts for speeds: earlier ones warm up.
 
+    Attributes:
+        tokens_seen: Of all replicas, until the last row of the log; what a checkpoint has of them is for `load`.
+
     Example:
-        >>> records = Records(torch.device("cpu"), counts_tokens=True)
+        >>> records = Records(torch.device("cpu"), counts_tokens=True, has_loss=True)
     """
 
-    def __init__(self, device: torch.device, *, counts_tokens: bool, first_timed: int = 1) -> None:
+    def __init__(self, device: torch.device, *, counts_tokens: bool, has_loss: bool, first_timed: int = 1) -> None:
+        self._has_loss = has_loss
         self._device, self._counts_tokens, self._first_timed = device, counts_tokens, first_timed
         self._window, self._whole = _Sums(device), _Sums(device)
         self._norm: Tensor | None = None
+        self.tokens_seen = 0
         self._ran = 0
 
     def pause(self) -> None:
@@ -93,7 +99,7 @@ class Records:
                 sums.start_again()
 
     def row(self, *, learning_rate: float, epoch: float, recorded: bool) -> dict[str, float]:
-        """The next row of the log, the same on every rank. Collective.
+        """The next row of the log, the same on every rank: speed and bubble are the first rank's. Collective.
 
         Args:
             learning_rate: Of the step.
@@ -104,25 +110,29 @@ class Records:
             PipelineError: Another rank has failed.
         """
         window = self._window
-        told = self._told(window)
-        norms = from_every_rank(None if self._norm is None else float(self._norm))
+        timeline = last_timeline() if recorded else None
+        told = self._told(
+            window,
+            norm=None if self._norm is None else float(self._norm),
+            bubble=None if timeline is None else timeline.bubble_share,
+        )
+        self.tokens_seen += told.seen
         row = {"loss": told.loss, "learning_rate": learning_rate}
-        if norms[0] is not None:
-            row["grad_norm"] = norms[0]
+        if told.norm is not None:
+            row["grad_norm"] = told.norm
         if told.samples and told.seconds:
             name = "tokens_per_second" if self._counts_tokens else "samples_per_second"
             row[name] = (told.tokens if self._counts_tokens else told.samples) / told.seconds
             row["step_seconds"] = told.seconds / window.timed
-        timeline = last_timeline() if recorded else None
-        if timeline is not None:
-            row["bubble_share"] = timeline.bubble_share
+        if told.bubble is not None:
+            row["bubble_share"] = told.bubble
         row |= {"peak_memory_bytes": told.memory, "epoch": epoch}
         self._window = _Sums(self._device)
         self._window.start()
         return row
 
     def summary(self) -> dict[str, float]:
-        """The whole run in numbers, the same on every rank; speeds are those of this process. Collective.
+        """The whole run in numbers, the same on every rank; times are since this process began. Collective.
 
         Raises:
             PipelineError: Another rank has failed.
@@ -140,10 +150,10 @@ class Records:
 
     def state(self) -> dict[str, Any]:
         """The sums of losses, so that a resumed run logs what an undisturbed one would. Collective."""
-        own = tpc.get_dp_rank() if tpc.is_last_in_pipeline_group() else None
-        told = from_every_rank([own, self._window.loss.item(), self._whole.loss.item()])
-        shares = {str(each[0]): each[1:] for each in told if each[0] is not None}
-        return {"steps": [self._window.steps, self._whole.steps], "shares": shares}
+        own = tpc.get_dp_rank() if self._has_loss else None
+        told = from_every_rank([own, [[sums.loss.item(), sums.seen] for sums in (self._window, self._whole)]])
+        shares = {str(replica): sums for replica, sums in told if replica is not None}
+        return {"steps": [self._window.steps, self._whole.steps], "shares": shares, "tokens_seen": self.tokens_seen}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state` gave, on any number of replicas.
@@ -158,17 +168,20 @@ class Records:
         mine = [tpc.get_dp_rank()] if same else range(len(shares)) if tpc.get_dp_rank() == 0 else ()
         for which, sums in enumerate((self._window, self._whole)):
             sums.steps = state["steps"][which]
-            if tpc.is_last_in_pipeline_group():
-                sums.loss.fill_(sum(shares[str(replica)][which] for replica in mine))
+            found = [shares[str(replica)][which] for replica in mine]
+            sums.seen = sum(seen for _, seen in found)
+            if self._has_loss:
+                sums.loss.fill_(sum(loss for loss, _ in found))
+        self.tokens_seen = state["tokens_seen"]
 
-    def _told(self, sums: _Sums) -> _Told:
+    def _told(self, sums: _Sums, *, norm: float | None = None, bubble: float | None = None) -> _Told:
         own_loss = sums.loss.item()  # waits for the device, so that the clock is right
         seconds, first = sums.seconds, tpc.is_first_in_pipeline_group()
-        everyone = from_every_rank(
-            [own_loss, sums.rows if first else 0, sums.tokens if first else 0, peak_memory(self._device)]
-        )
-        loss, samples, tokens, _ = (sum(column) for column in zip(*everyone, strict=True))
-        return _Told(loss / max(1, sums.steps), samples, tokens, max(each[3] for each in everyone), seconds)
+        counts = [own_loss, sums.rows, sums.tokens, sums.seen] if first else [own_loss, 0, 0, 0]
+        everyone = from_every_rank([counts, peak_memory(self._device), [seconds, norm, bubble]])
+        loss, samples, tokens, seen = (sum(column) for column in zip(*(each[0] for each in everyone), strict=True))
+        memory = max(each[1] for each in everyone)
+        return _Told(loss / max(1, sums.steps), samples, tokens, seen, memory, *everyone[0][2])
 
 
 @dataclass(frozen=True)
@@ -178,8 +191,11 @@ class _Told:
     loss: float
     samples: int
     tokens: int
+    seen: int
     memory: int
     seconds: float
+    norm: float | None
+    bubble: float | None
 
 
 class _Sums:
@@ -188,12 +204,13 @@ class _Sums:
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.steps = self.timed = self.rows = self.tokens = 0
+        self.seen = 0  # tokens, those of steps that are not timed included
         self._before, self._since = 0.0, 0.0
 
     def add(self, loss: Tensor | None, rows: int, tokens: int, *, timed: bool) -> None:
         if loss is not None:
             self.loss += loss
-        self.steps += 1
+        self.steps, self.seen = self.steps + 1, self.seen + tokens
         if timed:
             self.timed, self.rows, self.tokens = self.timed + 1, self.rows + rows, self.tokens + tokens
 

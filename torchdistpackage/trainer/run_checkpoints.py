@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from torchdistpackage.checkpoint import Checkpointer, list_checkpoints
 from torchdistpackage.checkpoint.folder import step_folder
+from torchdistpackage.checkpoint.random_states import random_states, set_random_states
 from torchdistpackage.errors import CheckpointError
 from torchdistpackage.trainer.arguments import PipelineTrainingArguments
 from torchdistpackage.trainer.assembly import Run
@@ -76,7 +77,10 @@ class RunCheckpoints:
         directory = Path(self._args.output_dir if source is True else os.fspath(source))  # type: ignore[arg-type]
         one = source is not True and (directory / "manifest.json").is_file()
         with self._checkpointer(directory.parent if one else directory, False, loads=True) as checkpointer:
+            before = random_states()
             loaded = checkpointer.load(directory if one else None, strict=self._restores_everything)
+            if not self._args.restore_rng_state:
+                set_random_states(before)
         if loaded is None and source is not True:
             raise CheckpointError(f"{directory} has no complete checkpoint to resume from")
         if loaded is None:
@@ -97,13 +101,20 @@ class RunCheckpoints:
             )
         self._best.save(step)
 
-    def load_best(self) -> bool:
-        """Puts the best weights back; False if there are none."""
-        if self._best is None:
-            directory = Path(self._args.output_dir, "best")
-            self._best = Checkpointer(directory, self._run.cut.stages, keep=1, config=self._config)
-        self._best.wait()
-        return self._best.load() is not None
+    def load_best(self, directory: str | os.PathLike[str]) -> None:
+        """Puts the best weights back.
+
+        Args:
+            directory: Where they are: a run that was resumed in another `output_dir` may have found none since.
+
+        Raises:
+            CheckpointError: They cannot be read.
+        """
+        if self._best is not None:
+            self._best.wait()
+        with Checkpointer(directory, self._run.cut.stages, config=self._config) as best:
+            if best.load() is None:
+                _log.warning("the best weights are not in %s any more: the model keeps the last ones", directory)
 
     def set_aside(self) -> None:
         """Comes before a run that begins anew: its checkpoints must not be mixed with those of an earlier one."""

@@ -6,8 +6,9 @@ Every rank of a pipeline reads the same batch and uses what its stages need of i
     in between        kwargs                            those that the stage's forward takes
     the last one      kwargs, labels, rows              rows: which ones they are, to put outputs into order
 
-Batches that are accumulated and have one shape are run as one longer step: the pipeline is filled once and not k times,
-and under schedules that hold p micro-batches at most it costs no memory. Others follow each other, and reduce once.
+Batches that are accumulated and have one shape are run as one longer step: the pipeline is filled once and not k times.
+Under a schedule that holds all micro-batches it would cost k times the memory, so there, and where shapes differ, they
+follow each other, and reduce once.
 
 Neighbours: `batches.py` makes batches, `losses.py` weighs them, `parallel/pipeline_sched.py` runs the step.
 """
@@ -69,6 +70,8 @@ class PipelineSteps:
         autocast: The dtype of mixed precision; None for none.
         scaler: For float16.
         mask_creator: Makes the attention mask of a batch, on every rank.
+        merges: Whether accumulated batches may be run as one step: not where the schedule is a plan of m micro-batches,
+            or its memory grows with m.
         is_fixed: Whether the schedule is a plan, so that m cannot be another number.
         quiet: Makes contexts in which gradients are not reduced.
 
@@ -89,11 +92,13 @@ class PipelineSteps:
         autocast: torch.dtype | None = None,
         scaler: Any = None,
         mask_creator: Callable[..., Any] | None = None,
+        merges: bool = False,
         is_fixed: bool = False,
         quiet: Sequence[Callable[[], AbstractContextManager[Any]]] = (),
     ) -> None:
         self._stages, self._last = dict(stages), num_stages - 1
         self._schedule, self._microbatches, self._is_fixed = schedule, microbatches, is_fixed
+        self._merges = merges
         self._loss, self._device, self._autocast, self._scaler = loss, device, autocast, scaler
         self._mask_creator, self._quiet = mask_creator, quiet
         self._taken = {index: _taken(module, first=index == 0) for index, module in self._stages.items()}
@@ -120,13 +125,13 @@ class PipelineSteps:
         """
         replicas = tpc.get_dp_size()
         total = max(self._total(batches), 1e-30)
-        calls = [(batch, self._number(batch)) for batch in batches] if self._is_fixed else self._merged(batches)
+        calls = self._merged(batches) if self._merges else [(batch, self._number(batch)) for batch in batches]
         shares: list[Tensor] = []
         for number, (batch, microbatches) in enumerate(calls):
             final_call = number == len(calls) - 1
 
-            def loss(output: Any, labels: Any, real: bool = batch.real) -> Tensor:
-                return self._loss.share(output, labels if real else None, total, replicas)
+            def loss(output: Any, labels: Any, counted: float, real: bool = batch.real) -> Tensor:
+                return self._loss.share(output, labels, total, replicas, counted=counted if real else 0.0)
 
             with ExitStack() as stack:
                 for quiet in () if final_call else self._quiet:
@@ -156,10 +161,10 @@ class PipelineSteps:
         """
         found: dict[int, Any] = {}
 
-        def loss(output: Any, labels: Any, start: int = 0) -> Tensor:
+        def loss(output: Any, labels: Any, counted: float, start: int = 0) -> Tensor:
             if with_outputs:
                 found[start] = pytree.tree_map_only(Tensor, lambda leaf: leaf.detach().float().cpu(), output)
-            return self._loss.summed(output, labels) if batch.real else torch.zeros((), dtype=torch.float64)
+            return self._loss.summed(output, labels, counted=counted if batch.real else 0.0)
 
         value = forward_backward(
             fwd_fn=[self._runner(index, loss, numbered=True) for index in self._stages],
@@ -216,6 +221,7 @@ class PipelineSteps:
                 bundle["args"] = self._moved(batch.args)
             if index == self._last:
                 bundle["labels"] = self._moved(batch.labels)
+                bundle["counted"] = batch.labels  # where they came from: counting them does not wait for a GPU
                 bundle["number"] = torch.arange(batch.rows)
             bundles.append([bundle])
         return bundles
@@ -250,7 +256,7 @@ class PipelineSteps:
                 if not last:
                     return output
                 start = {"start": int(bundle["number"][0])} if numbered and len(bundle["number"]) else {}
-                return loss(output, bundle["labels"], **start)
+                return loss(output, bundle["labels"], self._loss.count(bundle["counted"]), **start)
 
         return run
 
