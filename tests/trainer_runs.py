@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,6 @@ def _shown() -> type:
 
 def trained(output: str | Path, *, resume: Any = None, **options: Any) -> PipelineTrainer:
     """A trainer after its training; process groups are made anew where they must be others."""
-    gc.collect()  # stages of an earlier cut: their ties would be found again
     if tpc._is_inited("global") and tpc.get_dp_size() != options.get("data_parallel_size", 1):
         tpc.reset()
     trainer = make_trainer(output, **options)

@@ -1,6 +1,8 @@
 """Checkpoints in one process without process groups: everything comes back, and what cannot be saved is refused."""
 
 import random
+import resource
+from contextlib import contextmanager
 
 import numpy
 import pytest
@@ -246,3 +248,35 @@ def test_a_failed_save_in_the_background_is_raised_by_the_next_call(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be made"):
         checkpointer.wait()
     checkpointer.close()
+
+
+@contextmanager
+def files_of_at_most(count):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_a_full_disk_has_left_does_not_fill_it_for_ever(tmp_path):
+    checkpointer = Checkpointer(tmp_path, Net())
+    for step in (1, 2):
+        with files_of_at_most(1500), pytest.raises(CheckpointError, match="bytes are to be written, and .* are free"):
+            checkpointer.save(step)
+        assert [path.name for path in tmp_path.iterdir()] == [f"step-0000000{step}.unfinished"]
+    checkpointer.save(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_an_extra_state_is_not_lost_silently(tmp_path, caplog):
+    class Counting(nn.Linear):
+        def get_extra_state(self):
+            return {"count": 7}
+
+        def set_extra_state(self, state):
+            pass
+
+    Checkpointer(tmp_path, nn.Sequential(nn.ReLU(), Counting(2, 2)))
+    assert "the extra state of 1 (1 in all)" in caplog.text

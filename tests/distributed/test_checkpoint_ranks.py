@@ -334,3 +334,48 @@ def together(rank, world, folder):
 
 def test_all_ranks_raise_what_one_has_met(tmp_path):
     run_distributed(together, 2, str(tmp_path), timeout=60)
+
+
+def unlike_calls(rank, world, folder):
+    setup_distributed(backend="gloo")
+    with Checkpointer(folder, nn.Linear(2, 2)) as checkpointer:
+        checkpointer.save(1)
+        for options in ({"which": rank}, {"strict": rank == 0}, {"verify": rank == 0}):
+            with pytest.raises(CheckpointError, match="the ranks call load differently"):
+                checkpointer.load(**options)
+        assert checkpointer.load().step == 1
+
+
+def test_unlike_calls_of_load_are_told(tmp_path):
+    run_distributed(unlike_calls, 2, str(tmp_path), timeout=60)
+
+
+def rates_of_stages(rank, world, folder, step):
+    """Each layer has its learning rate, the first one two groups; stages have other groups than one process."""
+    setup_distributed(backend="gloo")
+    tpc.setup_process_groups([("data", 1), ("pipe", world)])
+    layers = nn.ModuleDict({str(at): nn.Linear(2, 2) for at in range(4)[4 // world * rank : 4 // world * (rank + 1)]})
+    groups = [{"params": [one], "lr": 0.1} for one in layers["0"].parameters()] if rank == 0 else []
+    groups += [{"params": [*one.parameters()], "lr": 0.1 / (int(at) + 1)} for at, one in layers.items() if at != "0"]
+    expected = [group["lr"] / 5 for group in groups]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda steps: 1 / (steps + 1))
+    with Checkpointer(folder, layers, optimizer=optimizer, scheduler=scheduler) as checkpointer:
+        for _ in range(3 - step):
+            optimizer.step()
+            scheduler.step()
+        if step:
+            assert checkpointer.load().step == step
+            assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
+        else:
+            checkpointer.save(3)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+
+
+def test_every_stage_keeps_the_learning_rates_of_its_groups(tmp_path):
+    for saver, loaders in ((2, (2, 1, 4)), (1, (2,))):
+        run_distributed(rates_of_stages, saver, str(tmp_path / str(saver)), 0, timeout=60)
+        for world in loaders:
+            run_distributed(rates_of_stages, world, str(tmp_path / str(saver)), 3, timeout=60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from functools import partial
 
 import numpy as np
@@ -46,7 +45,6 @@ def evaluated(rank, world, output, layouts):
     """Metrics of several evaluations in each layout."""
     found = []
     for layout in layouts:
-        gc.collect()
         if tpc._is_inited("global") and tpc.get_dp_size() != layout.get("data_parallel_size", 1):
             tpc.reset()
         options = {"compute_metrics": order_of, "data_collator": cut, "per_device_eval_batch_size": 3}

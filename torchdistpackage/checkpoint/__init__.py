@@ -8,7 +8,8 @@
 `job.py`             writes it; `background.py` in a thread, `ranks.py` what ranks tell each other
 `tensor_writing.py`  boxes to files, in the format of torch.distributed.checkpoint; `tensor_files.py` reads
 `folder.py`          folders that count or do not; `manifest.py`, `choosing.py`, `inspection.py`
-`restore.py`         into the objects of another layout; `companions.py` what has no tensors of the model
+`restore.py`         into the objects of another layout; `companions.py` what has no tensors of the model;
+                     `schedulers.py` learning rates of this rank's parameter groups
 `data_position.py`   a place in the data that fits any number of replicas: `ResumableSampler`
 `export.py`          a checkpoint to a Hugging Face directory; `safetensors_*.py` from and to running stages
 ===================  =================================================================================

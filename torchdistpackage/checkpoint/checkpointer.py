@@ -97,7 +97,7 @@ class Checkpointer:
         run: The folder of all checkpoints of the run.
         stages: This rank's modules: one, wrapped or not, a list, or {stage: module} as `partition_chunks` gives them.
         optimizer: None, one, or several; each parameter is in one of them.
-        scheduler: The learning rate scheduler.
+        scheduler: The learning rate scheduler; its lists with an entry a parameter group are each rank's own.
         scaler: A gradient scaler.
         ema: A `ShardedEMA` of this rank's modules.
         data: This rank's own: something with `state_dict` and `load_state_dict`, such as a stateful data loader.
@@ -187,7 +187,11 @@ class Checkpointer:
         told = held.told(place)
         shared = {"extra": unpacked(packed("extra", extra)), "objects": self._companions.states()}
         mine.update(held=held, told=told, own=self._companions.own(), shared=shared)
-        changing = {"options": options_of(contents.optimizers), "values": held.values()}
+        changing = {
+            "options": options_of(contents.optimizers),
+            "values": held.values(),
+            "schedulers": self._companions.schedulers(),
+        }
         return {
             "step": step,
             "digest": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
@@ -286,6 +290,12 @@ class Checkpointer:
         """
         self._wait_for_all()
         ranks = self._ranks
+        asked = ranks.gather([None if which is None else str(which), strict, verify])
+        if any(one != asked[0] for one in asked):
+            raise CheckpointError(
+                f"the ranks call load differently: (which, strict, verify) are {asked[0]} on rank 0 and "
+                f"{next(one for one in asked if one != asked[0])} on another; call it alike on every rank"
+            )
         choice = choose(self._run, which, ranks, verify=verify)
         if choice.path is None:
             return None
@@ -345,4 +355,5 @@ def _shared(step: int, plan: _Plan, answers: Sequence[Mapping[str, Any]], beside
         "values": first_of_all(changing, "values"),
     }
     layout = {"layout": [answer["layout"] for answer in answers], "num_updates": answers[0]["averages"]}
-    return packed(SHARED, {"step": step, "optimizer": optimizer, **beside, **layout})
+    schedulers = [one["schedulers"] for one in changing]
+    return packed(SHARED, {"step": step, "optimizer": optimizer, "schedulers": schedulers, **beside, **layout})

@@ -1,6 +1,7 @@
 """What goes with a model beside its tensors: scheduler, scaler, named objects, random numbers, the place in the data.
 
 objects     the same on every rank: the first rank's state, for all             shared.pt
+schedulers  alike, but for the groups of each rank's optimizer                  shared.pt
 random      a rank's own, or new streams where the layout is another one        random.<rank>....
 data        a rank's own, or that of all where all had the same                 rank-00003.pt
 """
@@ -17,6 +18,7 @@ from torchdistpackage.checkpoint.manifest import read_manifest
 from torchdistpackage.checkpoint.plain import packed, unpacked
 from torchdistpackage.checkpoint.random_states import seed_streams, set_random_states
 from torchdistpackage.checkpoint.restore import Restore
+from torchdistpackage.checkpoint.schedulers import is_scheduler, state_for
 from torchdistpackage.errors import CheckpointError
 
 __all__ = ["Companions"]
@@ -61,6 +63,10 @@ class Companions:
             CheckpointError: Something in one could not be read back.
         """
         return {name: unpacked(packed(name, one.state_dict())) for name, one in self._objects.items()}
+
+    def schedulers(self) -> dict[str, Any]:
+        """States that are of this rank's parameter groups."""
+        return {name: one.state_dict() for name, one in self._objects.items() if is_scheduler(one)}
 
     def own(self) -> bytes | None:
         """This rank's own state.
@@ -108,9 +114,11 @@ class Companions:
 
     def load(self, restore: Restore, rank: int, own: str | None, *, same: bool) -> None:
         """Gives everything back its state."""
-        saved = restore.shared["objects"]
+        saved, schedulers = restore.shared["objects"], restore.shared["schedulers"]
         for name, one in self._objects.items():
-            if name in saved:
+            if is_scheduler(one) and name in schedulers[0]:
+                one.load_state_dict(state_for(one, [each[name] for each in schedulers], rank, same=same))
+            elif name in saved:
                 one.load_state_dict(saved[name])
         if self._data is not None and own is not None:
             self._data.load_state_dict(unpacked((restore.path / own).read_bytes()))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, final, runtime_checkable
@@ -28,6 +29,8 @@ from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.model_tensors import is_dtensor
 
 __all__ = ["Average", "Contents", "Held"]
+
+_logger = logging.getLogger(__name__)
 
 
 class _AveragePiece(Protocol):
@@ -157,6 +160,7 @@ class Contents:
                 raise CheckpointError(f"ema must be a ShardedEMA, not a {type(one).__name__}; give others as objects=")
         self.optimizers, self.averages = given, averages
         self.held()
+        _warn_of_extra_states(self.module)
 
     @property
     def num_updates(self) -> int:
@@ -180,6 +184,18 @@ class Contents:
                     parts += place.parts(entry, value)
         parts += [part for _, part in average_parts(self.averages, model)]
         return Held(model, stepped, parts, group_names(self.optimizers, model))
+
+
+def _warn_of_extra_states(module: nn.Module) -> None:
+    own = nn.Module.get_extra_state
+    names = [name or "the module" for name, one in module.named_modules() if type(one).get_extra_state is not own]
+    if names:
+        _logger.warning(
+            "the extra state of %s (%d in all) is no tensor of the model and is not in checkpoints; keep it in "
+            "buffers, or give what it holds as objects=",
+            ", ".join(names[:4]),
+            len(names),
+        )
 
 
 def average_parts(averages: Sequence[Average], model: Sequence[Named]) -> list[tuple[str, Part]]:

@@ -149,12 +149,17 @@ def what_it_is(path: Path) -> str | None:
 
 
 def prepare(folder: Path) -> Path:
-    """Makes the empty folder in which a checkpoint is written, in place of what a killed run has left there.
+    """Makes the empty folder in which a checkpoint is written, in place of what failed saves up to its step have left.
+
+    They go first: on a disk that was full, what they hold may be the room that this one needs.
 
     Raises:
         CheckpointError: Something is in the way.
     """
-    target = unfinished(folder)
+    target, step = unfinished(folder), step_of(folder) or 0
+    for left in find_unfinished(folder.parent):
+        if left != target and (_step_unfinished(left) or 0) < step:
+            _remove(left)
     try:
         if target.exists():
             (target / MANIFEST).unlink(missing_ok=True)

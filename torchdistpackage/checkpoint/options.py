@@ -17,7 +17,7 @@ from torchdistpackage.checkpoint.named_model import Named
 from torchdistpackage.checkpoint.optimizer_parts import parameters_of
 from torchdistpackage.errors import CheckpointError
 
-__all__ = ["apply_options", "group_names", "merged_options", "options_of"]
+__all__ = ["apply_options", "equal_options", "group_names", "merged_options", "options_of"]
 
 _HOW = ("foreach", "fused", "capturable")
 _WHICH = ("params", "param_names")
@@ -56,7 +56,7 @@ def merged_options(options: Sequence[Sequence[Any]], names: Sequence[Sequence[Se
     merged: list[dict[str, Any]] = []
     for mine, groups in zip(options, names, strict=True):
         for one, members in zip(mine, groups, strict=True):
-            same = next((entry for entry in merged if _equal(entry["options"], one)), None)
+            same = next((entry for entry in merged if equal_options(entry["options"], one)), None)
             if same is None:
                 same = {"options": one, "names": {}}
                 merged.append(same)
@@ -132,8 +132,8 @@ def _check_alike(first: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping
             f"{other[0]} was trained by {saved} when the checkpoint was saved, and is in {kind} here; make the same "
             "optimizer, or load the model only, with Checkpointer(run, stages) without an optimizer"
         )
-    if not _equal(first[1], other[1]):
-        differ = [key for key in first[1] if not _equal(first[1].get(key), other[1].get(key))]
+    if not equal_options(first[1], other[1]):
+        differ = [key for key in first[1] if not equal_options(first[1].get(key), other[1].get(key))]
         raise CheckpointError(
             f"{first[0]} and {other[0]} are in one group here, but were saved with different options ("
             + ", ".join(f"{key} {first[1].get(key)} and {other[1].get(key)}" for key in differ[:4])
@@ -152,9 +152,15 @@ def _copied(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
-def _equal(one: Any, other: Any) -> bool:
+def equal_options(one: Any, other: Any) -> bool:
+    """Whether two options, or dicts of them, are the same.
+
+    Example:
+        >>> equal_options({"lr": torch.tensor(0.5)}, {"lr": 0.5})
+        True
+    """
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return torch.equal(torch.as_tensor(one).cpu(), torch.as_tensor(other).cpu())
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(equal_options(one[key], other[key]) for key in one)
     return bool(one == other)

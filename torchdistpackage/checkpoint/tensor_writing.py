@@ -10,6 +10,7 @@ goes as JSON (`job.py`). Neighbour: `tensor_files.py` reads.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from torchdistpackage.checkpoint.boxes import Box
 from torchdistpackage.checkpoint.plan import Chosen
+from torchdistpackage.errors import CheckpointError
 
 __all__ = ["finish_tensors", "write_tensors"]
 
@@ -44,6 +46,9 @@ def write_tensors(folder: Path, chosen: Sequence[Chosen], tensors: Sequence[Tens
 
     Returns:
         File, place and length of each box, for `finish_tensors`.
+
+    Raises:
+        CheckpointError: They cannot be written; the disk is full, most often.
     """
     if not chosen:
         return []
@@ -53,7 +58,15 @@ def write_tensors(folder: Path, chosen: Sequence[Chosen], tensors: Sequence[Tens
     writer.set_up_storage_writer(rank == 0)
     plan = writer.prepare_local_plan(planner.create_local_plan())
     plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]
-    written = writer.write_data(planner.finish_plan(plan), planner).wait()
+    try:
+        written = writer.write_data(planner.finish_plan(plan), planner).wait()
+    except (OSError, RuntimeError) as error:  # of a full disk torch.save says no more than "unexpected pos"
+        need, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{folder} cannot be written ({why}): {need:,} bytes are to be written, and {free:,} are free now on that "
+            "file system; if that is too little, free some or keep fewer checkpoints, and save again"
+        ) from error
     where = {(result.index.fqn, tuple(result.index.offset or ())): result.storage_data for result in written}
     found = [where[one.key, one.box.offsets] for one in chosen]
     return [[info.relative_path, info.offset, info.length] for info in found]

@@ -277,9 +277,7 @@ class PipelineTrainer:
         """
         directory = self.args.output_dir if output_dir is None else output_dir
         stages = self._run.cut.stages
-        sharded = self.args.data_parallel == "fsdp2" and tpc.get_dp_size() > 1  # not the modules that they were
-        theirs = self._run.cut.is_causal_lm and all(hasattr(stage, "save_pretrained") for stage in stages.values())
-        if theirs and not sharded:
+        if self._run.cut.is_causal_lm and all(hasattr(stage, "save_pretrained") for stage in stages.values()):
             save_causal_lm(stages, directory)
         else:
             save_safetensors(stages, directory, config=self._run.cut.config)

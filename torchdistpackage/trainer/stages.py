@@ -29,7 +29,7 @@ from torchdistpackage.split.causal_lm import ModelSplitter
 from torchdistpackage.split.decoder.find import find_layout
 from torchdistpackage.split.deferred_init import RecordedInit, built, record_init
 from torchdistpackage.split.names import record_names, record_ties, whole_model_names
-from torchdistpackage.split.pipe import put_in_use, stages_in_use
+from torchdistpackage.split.pipe import put_aside, stages_in_use
 from torchdistpackage.split.places import Place, places_of
 from torchdistpackage.trainer.splitting import (
     Balance,
@@ -171,15 +171,15 @@ def _cut(
     causal = is_causal_lm(model, takes_tokens(options["example_args"], options["example_kwargs"]))
     record_names(model, [model])
     result = call_splitter(splitter, model, placement, rank, **options)
-    used = {id(stage.module) for stage in stages_in_use()}
+    ours = {id(stage.module) for stage in stages_in_use()}
     name = getattr(splitter, "__qualname__", type(splitter).__name__)
     known = _names_of_stages(model, result, whole, f"the splitter {name}")
     _check_complete(whole, known, f"the splitter {name}")
     _share(whole, known)
-    if not all(id(module) in used for module in result.modules):  # not a splitter of ours, which notes it by itself
+    if not all(id(module) in ours for module in result.modules):  # not a splitter of ours, which notes it by itself
         record_ties(result.modules, range(placement.num_stages + 1))
-        for index, module in enumerate(result.modules):
-            put_in_use(module, index, placement.num_stages)
+    for module in result.modules:
+        put_aside(module)  # they are in use while a step runs: another trainer may have cut the model otherwise
     mine = {index: result.modules[index] for index in placement.local_stages(rank)}
     source.fill(mine.values(), options["device"])
     _check_filled(mine)

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torchdistpackage.parallel import forward_backward
 from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.split.decoder.part import unwrapped
+from torchdistpackage.split.pipe import put_aside, put_in_use
 from torchdistpackage.split.traced_stage import TracedStage
 from torchdistpackage.topology import tpc
 from torchdistpackage.trainer.batch_arguments import cut_along_rows, restored
@@ -134,6 +135,7 @@ class PipelineSteps:
                 return self._loss.share(output, labels, total, replicas, counted=counted if real else 0.0)
 
             with ExitStack() as stack:
+                stack.enter_context(self._in_use())
                 for quiet in () if final_call else self._quiet:
                     stack.enter_context(quiet())
                 value = forward_backward(
@@ -259,6 +261,18 @@ class PipelineSteps:
                 return loss(output, bundle["labels"], self._loss.count(bundle["counted"]), **start)
 
         return run
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """What stages share is looked for in those that are in use: these, while they run, and no other trainer's."""
+        modules = [(index, unwrapped(module)) for index, module in self._stages.items()]
+        try:
+            for index, module in modules:
+                put_in_use(module, index, self._last + 1)
+            yield
+        finally:
+            for _, module in modules:
+                put_aside(module)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

@@ -70,7 +70,7 @@ def _pruned(model: nn.Module, layout: DecoderLayout, held: set[str]) -> nn.Modul
 
 def shallow_copy(module: nn.Module) -> nn.Module:
     """A module of the same class with the same children, tensors and hooks, in dictionaries of its own."""
-    made = type(module).__new__(type(module))
+    made: nn.Module = object.__new__(type(module))  # fully_shard gives a class a __new__ that builds another object
     vars(made).update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
     return made
 
