@@ -250,3 +250,42 @@ def test_clear_errors():
         record_init(lambda: nn.Linear(2, 2, device="meta"))
     with pytest.raises(ZeroDivisionError):
         record_init(lambda: 1 / 0)
+
+
+def test_the_seed_of_the_start_again_behind_any_draw():
+    def again():
+        first = nn.Linear(2, 2)
+        torch.manual_seed(3)  # the number of the entry that drew last, too
+        return nn.Sequential(first, nn.Linear(2, 2))
+
+    torch.manual_seed(3)
+    whole, recorded = again(), record_init(again, seed=3)
+    recorded.fill([recorded.model])
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), recorded.model.parameters(), strict=True))
+
+
+def test_statistics_that_a_first_forward_leaves():
+    def warm():
+        norm = nn.BatchNorm1d(3)
+        norm(torch.randn(5, 3))
+        return norm
+
+    torch.manual_seed(0)
+    whole, recorded = warm(), record_init(warm, seed=0)
+    recorded.fill([recorded.model])
+    assert torch.equal(whole.running_mean, recorded.model.running_mean)
+    assert torch.equal(whole.running_var, recorded.model.running_var)
+
+
+def test_a_buffer_of_a_class_of_its_own_keeps_it():
+    class Marked(torch.Tensor):
+        pass
+
+    def marked():
+        layer = nn.Linear(2, 2)
+        layer.register_buffer("mark", torch.randn(3).as_subclass(Marked))
+        return layer
+
+    recorded = record_init(marked, seed=0)
+    assert "Marked" in recorded.reason
+    assert type(recorded.model.mark) is Marked

@@ -159,7 +159,7 @@ def test_a_shared_parameter_is_one_on_a_rank_and_known_to_be_shared_across_ranks
     cuts, stages = cut_for_all(Placement.loop(2), model_init=Toy, splitter=copy_and_prune, example_args=(IDS,))
     ties = [ties_in(stages[0])["embed.weight"], ties_in(stages[1])["head.weight"]]
     assert [(tie.name, tie.stages) for tie in ties] == [("embed.weight", (0, 1))] * 2
-    assert not {id(stage) for stage in stages} & {id(stage.module) for stage in stages_in_use()}  # while no step runs
+    assert {id(stage) for stage in stages} <= {id(stage.module) for stage in stages_in_use()}
 
 
 def test_stages_have_the_names_of_the_whole_model():
@@ -279,3 +279,23 @@ def test_what_cannot_be_traced_without_weights_is_traced_with_them():
     example = torch.ones(2, 4)
     _, stages = cut_for_all(Placement.loop(2), model_init=Choosing, example_args=(example,))
     assert torch.equal(run(stages, example), built(Choosing)(example))
+
+
+def test_a_splitter_that_gives_memory_is_told():
+    def filling(model, args, kwargs, stage_indices, train, device, rank, pp_group):
+        parts = [part.to_empty(device="cpu") for part in (model[:1], model[1:])]
+        mine = [parts[index] for index in stage_indices[rank]]
+        return parts, mine, [PipelineStage(parts[i], i, 2) for i in stage_indices[rank]], None
+
+    with pytest.raises(SplitError, match=r"gave memory to 0.weight and \d more"):
+        cut_model(
+            model_init=lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+            splitter=filling,
+            placement=Placement.loop(2),
+            rank=0,
+        )
+
+
+def test_a_splitter_that_is_no_function_is_refused():
+    with pytest.raises(SplitError, match="model_splitter must be a function, got int"):
+        cut_model(model=nn.Linear(2, 2), splitter=5, placement=Placement.loop(1), rank=0)

@@ -173,7 +173,8 @@ def built(model_init: Callable[[], nn.Module], seed: int | None = None, reason: 
     if empty:
         raise SplitError(
             f"model_init leaves {', '.join(empty[:4])} on the meta device, where nobody knows the values; build the "
-            "model on the CPU, its stages alone will get memory"
+            "model on the CPU, its stages alone will get memory. If they come from a cache outside of the model, pass "
+            "model=model_init() instead"
         )
     return RecordedInit(model, reason)
 
@@ -260,6 +261,8 @@ def _hidden(places: list[Place], regions: dict[int, Region | None]) -> str | Non
                 return f"{place.name} has a gradient, or was computed from parameters"
             if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
                 return f"{place.name} has hooks"
+            if not isinstance(tensor, nn.Parameter) and type(tensor) is not Tensor:
+                return f"{place.name} is a {type(tensor).__name__}"
     return None
 
 

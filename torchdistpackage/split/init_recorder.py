@@ -31,6 +31,9 @@ __all__ = ["Disguise", "Recorder"]
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _AGAIN = 50  # how often the entries of a tape may be done again, on average, for those who look at values
+_NO_SEED = 24 + 8 * 300
+"""A byte in the middle of the 624 numbers of a generator's state; all of them follow from the first, unless it is
+changed. A seed has 32 bits there, so that any other mark would be the state that some `manual_seed` leads to."""
 _WRITE_ONLY = frozenset(
     {"zero_", "fill_", "copy_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_",
      "cauchy_", "geometric_"}
@@ -236,9 +239,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _set_mark(self, number: int) -> None:
         before = torch.default_generator.get_state()
-        torch.default_generator.manual_seed((1 << 62) + number)
+        torch.default_generator.manual_seed(number)
         mark = torch.default_generator.get_state()
         mark[:8] = before[:8]  # torch.initial_seed() stays what it was
+        mark[_NO_SEED] ^= 255
         torch.default_generator.set_state(mark)
         self._mark = mark
         self._marks[_key(mark)] = number
@@ -254,6 +258,8 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             found.append(args[place] if place < len(args) else kwargs.get(argument.name))
+    if func is torch.ops.aten.native_batch_norm.default and args[5]:
+        found += args[3:5]  # the running mean and variance; its schema does not say so
     return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
 

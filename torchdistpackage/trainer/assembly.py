@@ -27,6 +27,7 @@ from torchdistpackage.parallel import PipelineGradScaler
 from torchdistpackage.parallel.agreement import together
 from torchdistpackage.parallel.step_plan import placement_of
 from torchdistpackage.schedule import Placement, Plan, describe, names
+from torchdistpackage.split.pipe import put_aside, stages_in_use
 from torchdistpackage.topology import tpc
 from torchdistpackage.trainer.arguments import PipelineTrainingArguments
 from torchdistpackage.trainer.batches import Batch
@@ -133,7 +134,8 @@ def cut_for(
         )
     rows = -(-example.rows // (args.n_microbatches or 1))
     args_of_one, kwargs_of_one = first_rows((example.args, example.kwargs), example.rows, rows)
-    return cut_model(
+    before = {id(stage.module) for stage in stages_in_use()}
+    cut = cut_model(
         model=model if model is None else _prepared(model, args),
         model_init=None if model_init is None else lambda: _made(model_init, args, device),
         splitter=splitter,
@@ -146,6 +148,10 @@ def cut_for(
         seed=seed,
         construct_on="meta" if args.construct_model_on == "meta" else "cpu",
     )
+    for stage in list(stages_in_use()):
+        if id(stage.module) not in before:
+            put_aside(stage.module)  # steps.py puts them in use while they run: another trainer may have cut otherwise
+    return cut
 
 
 def _made(model_init: Callable[[], nn.Module], args: PipelineTrainingArguments, device: torch.device) -> nn.Module:

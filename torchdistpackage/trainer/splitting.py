@@ -84,6 +84,11 @@ def call_splitter(
           (1): ReLU()
         )
     """
+    if not callable(splitter):
+        raise SplitError(
+            f"model_splitter must be a function, got {type(splitter).__name__}: pass "
+            "create_manual_causal_lm_splitter(), create_automatic_splitter({...}), your own, or None"
+        )
     indices = [placement.local_stages(other) for other in range(placement.num_ranks)]
     name = getattr(splitter, "__qualname__", None) or type(splitter).__name__
     try:

@@ -14,6 +14,8 @@ model's. From then on such stages are like those of our own splitters: whole-mod
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +31,10 @@ from torchdistpackage.split.causal_lm import ModelSplitter
 from torchdistpackage.split.decoder.find import find_layout
 from torchdistpackage.split.deferred_init import RecordedInit, built, record_init
 from torchdistpackage.split.names import record_names, record_ties, whole_model_names
-from torchdistpackage.split.pipe import put_aside, stages_in_use
+from torchdistpackage.split.pipe import put_in_use, stages_in_use
 from torchdistpackage.split.places import Place, places_of
+from torchdistpackage.topology import tpc
+from torchdistpackage.topology.exchange import gather_json
 from torchdistpackage.trainer.splitting import (
     Balance,
     CutResult,
@@ -55,6 +59,7 @@ class CutModel:
         config: The model's configuration, where it has one.
         is_causal_lm: Whether it is a language model that predicts the next token.
         num_parameters: Of the whole model, a shared one once.
+        digest: Of which tensor is on which stage: the same on every rank.
     """
 
     stages: dict[int, nn.Module]
@@ -63,6 +68,7 @@ class CutModel:
     config: Any
     is_causal_lm: bool
     num_parameters: int
+    digest: str
 
 
 def cut_model(
@@ -133,7 +139,21 @@ def cut_model(
             reason = f"it cannot be traced without weights: {str(error.__cause__ or error)[:200]}"
         return _cut(source.built_instead(reason), chosen, placement, rank, options)
 
-    return together(work, "cut the model", SplitError)
+    cut = together(work, "cut the model", SplitError)
+    digests = [cut.digest]
+    for mode in ("pipe", "tensor", "data"):
+        if tpc.is_mode_inited(mode) and tpc.get_group_size(mode) > 1:
+            digests = [each for theirs in gather_json(digests, tpc.get_control_group(mode)) for each in theirs]
+    if len(set(digests)) > 1:
+        raise SplitError(
+            f"the splitter {_name_of(chosen)} has cut the model otherwise on other ranks: {len(set(digests))} "
+            f"different cuts on {len(digests)} ranks; it must return the same stages for every rank"
+        )
+    return cut
+
+
+def _name_of(splitter: ModelSplitter) -> str:
+    return getattr(splitter, "__qualname__", type(splitter).__name__)
 
 
 def _source(model: Any, model_init: Any, seed: int | None, construct_on: str) -> RecordedInit:
@@ -172,19 +192,22 @@ def _cut(
     record_names(model, [model])
     result = call_splitter(splitter, model, placement, rank, **options)
     ours = {id(stage.module) for stage in stages_in_use()}
-    name = getattr(splitter, "__qualname__", type(splitter).__name__)
+    name = _name_of(splitter)
     known = _names_of_stages(model, result, whole, f"the splitter {name}")
     _check_complete(whole, known, f"the splitter {name}")
+    _check_empty(whole, known, f"the splitter {name}")
     _share(whole, known)
     if not all(id(module) in ours for module in result.modules):  # not a splitter of ours, which notes it by itself
         record_ties(result.modules, range(placement.num_stages + 1))
-    for module in result.modules:
-        put_aside(module)  # they are in use while a step runs: another trainer may have cut the model otherwise
+        for index, module in enumerate(result.modules):
+            put_in_use(module, index, placement.num_stages)
     mine = {index: result.modules[index] for index in placement.local_stages(rank)}
     source.fill(mine.values(), options["device"])
     _check_filled(mine)
     config, names = getattr(model, "config", None), _first_names(mine, whole)
-    return CutModel(mine, names, result.mask_creator, config, causal, count)
+    places = sorted([one.stage, one.name] for one in known if one.name is not None)
+    digest = hashlib.sha256(json.dumps(places).encode()).hexdigest()
+    return CutModel(mine, names, result.mask_creator, config, causal, count, digest)
 
 
 @dataclass(frozen=True)
@@ -258,6 +281,20 @@ def _check_parameter(place: Place, called: str, name: str | None, whole: _Whole,
     if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
         raise SplitError(
             f"{who}: {name} is {tuple(mine.shape)} {mine.dtype}, and {tuple(theirs.shape)} {theirs.dtype} in the model"
+        )
+
+
+def _check_empty(whole: _Whole, known: Sequence[_Known], who: str) -> None:
+    """Whether what has no values in the model still has none: memory alone would be taken for weights."""
+    filled = [
+        one.name
+        for one in known
+        if one.name is not None and whole.tensors[one.name].is_meta and not one.place.tensor.is_meta
+    ]
+    if filled:
+        raise SplitError(
+            f"{who} gave memory to {filled[0]} and {len(filled) - 1} more, which the model has on the meta device: "
+            "leave them there, the first values come later; or pass model=, a model with weights"
         )
 
 

@@ -119,14 +119,22 @@ def possible_skeletons(model: nn.Module) -> list[Skeleton]:
     lists = [
         (name == planned, len(module) == length, _weights(module), -name.count("."), -number, name)
         for number, (name, module) in enumerate(model.named_modules())
-        if isinstance(module, nn.ModuleList) and len(module)
+        if len(module._modules) and is_row(module)
     ]
     if not lists:
         raise SplitError(
-            f"{type(model).__name__} has no torch.nn.ModuleList of layers to distribute; cut it with "
-            "torchdistpackage.split_model (by tracing) or write its layers down with flatten_model(model, layer_list)"
+            f"{type(model).__name__} has no torch.nn.ModuleList of layers to distribute, nor a ModuleDict with "
+            "the keys '0', '1', ...; cut it with torchdistpackage.split_model (by tracing) or "
+            "write its layers down with flatten_model(model, layer_list)"
         )
     return [_skeleton(model, name) for *_, name in sorted(lists, reverse=True)]
+
+
+def is_row(module: nn.Module) -> bool:
+    """Whether a module is a list of modules, or a dict whose keys are the numbers of such a list, in order."""
+    return isinstance(module, nn.ModuleList) or (
+        isinstance(module, nn.ModuleDict) and [*module] == [str(number) for number in range(len(module))]
+    )
 
 
 def _skeleton(model: nn.Module, name: str) -> Skeleton:

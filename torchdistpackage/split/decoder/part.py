@@ -60,8 +60,10 @@ def _pruned(model: nn.Module, layout: DecoderLayout, held: set[str]) -> nn.Modul
             full = f"{container}.{name}".lstrip(".")
             if full in skeleton.containers:
                 continue
-            if isinstance(child, nn.ModuleList) and (full == skeleton.layers or len(child)):
-                kept = {str(n): element for n, element in enumerate(child) if f"{full}.{n}" not in elsewhere}
+            if child is not None and (full == skeleton.layers or (isinstance(child, nn.ModuleList) and len(child))):
+                kept = {
+                    n: each for n, each in child._modules.items() if each is not None and f"{full}.{n}" not in elsewhere
+                }
                 owner._modules[name] = nn.ModuleDict(kept)
             elif full in elsewhere:
                 owner._modules[name] = None
@@ -87,10 +89,13 @@ def filled_in(part: nn.Module, module: nn.Module) -> Iterator[None]:
     names = [name for name in stage.layout.skeleton.containers if part.get_submodule(name) is module]
     found: dict[str, Any] = {}
     for name, child in module._modules.items() if names else ():
+        full = f"{names[0]}.{name}".lstrip(".")
+        if full == stage.layout.skeleton.layers and isinstance(stage.twin.get_submodule(full), nn.ModuleDict):
+            continue
         if isinstance(child, nn.ModuleDict) and all(key.isdigit() for key in child):
             found[name] = list(child.values())
         elif child is None:
-            found[name] = stage.twin.get_submodule(f"{names[0]}.{name}".lstrip("."))
+            found[name] = stage.twin.get_submodule(full)
     vars(module).update(found)
     try:
         yield

@@ -248,7 +248,9 @@ def _stand_ins(part: nn.Module, run: _Run) -> dict[str, Any]:
             layers.append(seen)
         elif not plain:
             changed[name] = seen
-    return {skeleton.layers: layers, **_listed(part, stage, changed)}
+    by_name = isinstance(stage.twin.get_submodule(skeleton.layers), nn.ModuleDict)
+    row = {str(place): layer for place, layer in enumerate(layers)} if by_name else layers
+    return {skeleton.layers: row, **_listed(part, stage, changed)}
 
 
 def _was_cast(part: nn.Module, twin: nn.Module) -> bool:
