@@ -3,6 +3,8 @@
 import copy
 import enum
 import random
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -318,3 +320,25 @@ def test_a_branch_that_the_export_has_taken_is_checked():
     assert pipe(torch.randn(5, 6)).shape == (5, 6)
     with pytest.raises(SplitError, match="another way"):
         pipe(torch.randn(4, 6))
+
+
+def test_a_device_context_works_after_the_first_one_was_within_a_recording():
+    program = """
+import torch
+from torch import nn
+from torchdistpackage.split import split
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        with torch.device("cpu"):
+            return self.last(self.first(x) + torch.zeros(2))
+
+split(Net(), torch.ones(1, 2), 2)
+with torch.device("meta"):
+    assert torch.tensor([]).is_meta
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

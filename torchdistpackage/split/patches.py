@@ -60,6 +60,8 @@ def recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     """Inside, functions that make tensors of nothing become nodes as well, and custom autograd functions stay whole."""
     torch.overrides.get_testing_overrides()  # torch makes these tables once, and of what it finds then
     torch.overrides.is_tensor_method_or_property(torch.Tensor.add)
+    with torch.device("meta"):
+        torch.empty(0)  # the table of what a device context changes: without the real functions it would do nothing
     kept: list[tuple[Any, str, Any]] = [(torch, name, getattr(torch, name)) for name in _FACTORIES]
     kept += [(torch, "finfo", torch.finfo), (torch, "iinfo", torch.iinfo)]  # of a dtype that is a symbol
     kept.append((torch.utils.checkpoint, "checkpoint", checkpoint))
