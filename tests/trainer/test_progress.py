@@ -49,11 +49,10 @@ def test_a_bar_in_a_terminal():
     pytest.importorskip("tqdm")
     shown = run(Terminal())
     assert "4/4" in shown
-    assert "train: 100%" in shown
+    assert "train 100%" in shown
     assert "evaluate:" in shown
     assert "0/2" in shown
-    assert "loss=1.25, lr=5e-05, grad norm=0.5, samples/s=2,000" in shown
-    assert "bubble=12.5%, memory=3.0 MiB" in shown
+    assert "loss 1.25 lr 5e-05 grad norm 0.5 samples/s 2,000 bubble 12.5% memory 3.0 MiB" in shown
     assert "step 4/4  epoch 1  eval_loss 2\n" in shown
 
 

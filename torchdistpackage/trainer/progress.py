@@ -2,7 +2,7 @@
 
 ::
 
-    train  42%|########          | 210/500 [01:03<01:27, 3.3step/s, loss=1.23, lr=2.9e-05, bubble=12.5%, memory=1.2 GiB]
+    train  42%|####      | 210/500 [01:03<01:27], loss 1.23 lr 2.9e-05 grad norm 0.8 tokens/s 9,012 bubble 12.5% ...
     evaluate  30%|###            | 6/20                                        below it, while there is an evaluation
 
 Which rank reports, `state.is_world_process_zero` says. Neighbours: `progress_table.py` makes the text, `callbacks.py`
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from typing import Any, TextIO, final
 
@@ -22,6 +23,9 @@ from torchdistpackage.trainer.progress_table import log_line, metrics_table, sho
 __all__ = ["ProgressCallback", "metrics_table"]
 
 _log = logging.getLogger(__name__)
+_FORMAT = (
+    "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # numbers need room
+)
 
 
 @final
@@ -48,7 +52,8 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins the bar, at the step at which a resumed run goes on."""
         self._summary = {}
-        self._training = self._bar(args, state, "train", state.max_steps, initial=state.global_step, unit="step")
+        place: dict[str, Any] = {"initial": state.global_step, "unit": "step", "bar_format": _FORMAT}
+        self._training = self._bar(args, state, "train", state.max_steps, **place)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Moves the bar."""
@@ -82,7 +87,10 @@ class ProgressCallback(TrainerCallback):
             self._summary = dict(logs)
             return
         if self._training is not None and "loss" in logs:
-            self._training.set_postfix(short_metrics(logs))
+            rest = {
+                name: value for name, value in short_metrics(logs).items() if name != "s/step"
+            }  # the bar's own rate
+            self._training.set_postfix_str(" ".join(f"{name} {value}" for name, value in rest.items()))
             return
         line = log_line(logs, state.global_step, state.max_steps)
         if self._training is not None:
@@ -112,12 +120,21 @@ class ProgressCallback(TrainerCallback):
             if name == "train":
                 _log.info("a progress bar needs tqdm: pip install 'torchdistpackage[trainer]'; logs are lines instead")
             return None
-        return tqdm(desc=name, total=total, file=self._out(), dynamic_ncols=True, **options)
+        # On a terminal that says it has no size, as those of some containers do, tqdm would show nothing at all.
+        size: dict[str, Any] = {"dynamic_ncols": True} if _has_size(self._out()) else {"ncols": 120, "nrows": 20}
+        return tqdm(desc=name, total=total, file=self._out(), **size, **options)
 
 
 def _write(stream: TextIO, text: str) -> None:
     stream.write(text + "\n")
     stream.flush()
+
+
+def _has_size(stream: TextIO) -> bool:
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _length(loader: Any) -> int | None:
