@@ -69,6 +69,8 @@ def test_a_plan_says_its_own_sizes(tmp_path):
         ({"num_train_epochs": 0}, "nothing to train"),
         ({"fuse_optim_with_backward": True}, "every micro-batch"),
         ({"torch_compile_mode": "max-autotune"}, "is not offered"),
+        ({"save_on_each_node": True}, "is not offered: a checkpoint is written by all nodes together"),
+        ({"save_safetensors": False}, "is not offered"),
         ({"load_best_model_at_end": True}, "got 'no' and 'steps'"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 300}, "got 1000 and 300"),
         ({"default_dtype": "int8"}, "got 'int8'"),

@@ -12,7 +12,7 @@ Neighbours: `first_rank.py` has one rank decide for all; here all work.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -20,7 +20,7 @@ from torchdistpackage.errors import TorchDistError
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import gather_json
 
-__all__ = ["together"]
+__all__ = ["said_by_all", "together"]
 
 Result = TypeVar("Result")
 
@@ -47,16 +47,30 @@ def together(work: Callable[[], Result], what: str, failure: type[TorchDistError
     except Exception as error:
         cause = error
     mine = None if cause is None else f"global rank {_global_rank()} could not {what}: {cause}"
-    texts = [mine]
-    for mode in ("pipe", "tensor", "data"):
-        if tpc.is_mode_inited(mode) and tpc.get_group_size(mode) > 1:
-            texts = [text for theirs in gather_json(texts, tpc.get_control_group(mode)) for text in theirs]
+    texts = said_by_all(mine)
     if cause is not None:
         raise cause
     wrong = [text for text in texts if text]
     if wrong:
         raise failure("; ".join(dict.fromkeys(wrong)))
     return result
+
+
+def said_by_all(value: Any) -> list[Any]:
+    """What every rank of all replicas says. Collective, where process groups are set up; elsewhere this rank's value.
+
+    Args:
+        value: What JSON can say.
+
+    Example:
+        >>> said_by_all("here")
+        ['here']
+    """
+    values = [value]
+    for mode in ("pipe", "tensor", "data"):
+        if tpc.is_mode_inited(mode) and tpc.get_group_size(mode) > 1:
+            values = [each for theirs in gather_json(values, tpc.get_control_group(mode)) for each in theirs]
+    return values
 
 
 def _global_rank() -> int:

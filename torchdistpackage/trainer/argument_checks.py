@@ -73,6 +73,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
         "call torch.nn.attention.sdpa_kernel in the model, or attn_implementation=... when making it",
     ),
     "gc_threshold": (None, "call gc.set_threshold(...) before train()"),
+    "save_on_each_node": (False, "a checkpoint is written by all nodes together; give them an output_dir they share"),
+    "save_rng_state": (True, "checkpoints always have the generators; restore_rng_state=False leaves them alone"),
+    "save_safetensors": (True, "save_model writes safetensors only; torch.save(stage.state_dict()) is a file a stage"),
 }
 
 

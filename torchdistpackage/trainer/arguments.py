@@ -71,13 +71,13 @@ class PipelineTrainingArguments:
         save_strategy: When to write a checkpoint: `"no"`, `"steps"` (and at the end) or `"epoch"`.
         save_steps: As `eval_steps`.
         save_total_limit: The most checkpoints to keep, the best one not counted; None for all.
-        save_on_each_node: Write on every node, where nodes share no file system.
-        save_safetensors: Weights as safetensors files.
+        save_on_each_node: Not offered: nodes write one checkpoint together, where all of them see it.
+        save_safetensors: Weights as safetensors files; nothing else is offered.
         async_save: Write while training goes on.
         save_optimizer_state: Put it into checkpoints. So do the next three.
         save_scheduler_state: The learning rate's.
         save_dataset_state: The place in the data.
-        save_rng_state: The random number generators'.
+        save_rng_state: The random number generators'; always there.
         restore_optimizer_state: Take it from the checkpoint that is resumed. So do the next three.
         restore_scheduler_state: The learning rate's.
         restore_dataset_state: The place in the data; else the data begin anew.

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from torchdistpackage.errors import CheckpointError, SplitError, TrainerError
+from torchdistpackage.parallel.agreement import said_by_all
 from torchdistpackage.parallel.pipeline_state import current_state, guarded
 from torchdistpackage.topology import setup_distributed, tpc
-from torchdistpackage.topology.exchange import broadcast_json, gather_json
+from torchdistpackage.topology.exchange import broadcast_json
 from torchdistpackage.trainer.arguments import PipelineTrainingArguments
 
 __all__ = [
@@ -119,12 +120,8 @@ def from_every_rank(value: Any) -> list[Any]:
     Raises:
         PipelineError: Another rank has failed.
     """
-    values = [value]
     with guarded("telling each other what was measured"):
-        for mode in _MODES:
-            if tpc.is_mode_inited(mode) and tpc.get_group_size(mode) > 1:
-                values = [each for theirs in gather_json(values, tpc.get_control_group(mode)) for each in theirs]
-    return values
+        return said_by_all(value)
 
 
 def from_first_rank(value: Any) -> Any:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdistpackage.errors import SplitError
-from torchdistpackage.parallel.agreement import together
+from torchdistpackage.parallel.agreement import said_by_all, together
 from torchdistpackage.schedule import Placement
 from torchdistpackage.split.causal_lm import ModelSplitter
 from torchdistpackage.split.decoder.find import find_layout
@@ -33,8 +33,6 @@ from torchdistpackage.split.deferred_init import RecordedInit, built, record_ini
 from torchdistpackage.split.names import record_names, record_ties, whole_model_names
 from torchdistpackage.split.pipe import put_in_use, stages_in_use
 from torchdistpackage.split.places import Place, places_of
-from torchdistpackage.topology import tpc
-from torchdistpackage.topology.exchange import gather_json
 from torchdistpackage.trainer.splitting import (
     Balance,
     CutResult,
@@ -140,10 +138,7 @@ def cut_model(
         return _cut(source.built_instead(reason), chosen, placement, rank, options)
 
     cut = together(work, "cut the model", SplitError)
-    digests = [cut.digest]
-    for mode in ("pipe", "tensor", "data"):
-        if tpc.is_mode_inited(mode) and tpc.get_group_size(mode) > 1:
-            digests = [each for theirs in gather_json(digests, tpc.get_control_group(mode)) for each in theirs]
+    digests = said_by_all(cut.digest)
     if len(set(digests)) > 1:
         raise SplitError(
             f"the splitter {_name_of(chosen)} has cut the model otherwise on other ranks: {len(set(digests))} "
