@@ -12,6 +12,7 @@ from torch import nn
 
 from torchdistpackage import (
     CheckpointError,
+    SplitError,
     clip_grad_norm_,
     forward_backward,
     forward_eval,
@@ -98,7 +99,7 @@ def write(rank, world, schedule):
         beams = model.generate(ids, attention_mask=mask, **PROMPT, num_beams=3)
         parts = partition_causal_lm(model, schedule)
         for options, text in (({}, expected), ({"use_cache": False}, expected), ({"num_beams": 3}, beams)):
-            found = generate(parts, ids, schedule=schedule, attention_mask=mask, **PROMPT, **options)
+            found = generate(parts, ids, attention_mask=mask, **PROMPT, **options)
             assert torch.equal(found, text), (family, options)
     torch.manual_seed(rank)
     state = torch.random.get_rng_state()
@@ -108,6 +109,8 @@ def write(rank, world, schedule):
         torch.manual_seed(0)  # the first rank's
         alone = model.generate(ids, attention_mask=mask, **PROMPT | {"do_sample": True})
     assert torch.equal(drawn, alone)
+    with pytest.raises(SplitError, match=r"the ranks hold the stages \[\[0\], \[0\]\]"):
+        generate({0: next(iter(parts.values()))}, ids, attention_mask=mask, **PROMPT)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -27,7 +27,6 @@ import doctest
 import importlib.util
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -157,7 +156,7 @@ def _environment(folder: Path) -> dict[str, str]:
     programs = folder / ".programs"
     programs.mkdir()
     command = programs / "torchdistpackage"
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m torchdistpackage "$@"\n')
+    command.write_text(f"#!{sys.executable}\nfrom torchdistpackage.cli import main\nmain()\n")
     command.chmod(0o755)
     python = Path(sys.executable).parent
     environment = dict(os.environ, COLUMNS="120", NO_COLOR="1", DS_ACCELERATOR="cpu")

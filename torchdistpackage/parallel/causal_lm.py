@@ -23,11 +23,11 @@ from torchdistpackage.errors import PipelineError, SplitError
 from torchdistpackage.parallel.pipeline_sched import forward_backward
 from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.parallel.step_plan import placement_of
-from torchdistpackage.schedule import Placement, Plan
+from torchdistpackage.schedule import Action, Op, Placement, Plan
 from torchdistpackage.split.causal_lm import new_cache, split_causal_lm
 from torchdistpackage.split.decoder.part import shallow_copy, unwrapped
 from torchdistpackage.topology import tpc
-from torchdistpackage.topology.exchange import broadcast_json
+from torchdistpackage.topology.exchange import broadcast_json, gather_json
 
 __all__ = ["generate", "partition_causal_lm"]
 
@@ -70,7 +70,7 @@ def generate(
     parts: Mapping[int, nn.Module],
     input_ids: Tensor,
     *,
-    schedule: str | Plan | os.PathLike[str] = "1f1b",
+    schedule: str | Plan | Placement | os.PathLike[str] | None = None,
     seed: int | None = None,
     **options: Any,
 ) -> Any:
@@ -81,7 +81,7 @@ def generate(
     Args:
         parts: This rank's stages, from `partition_causal_lm`; also wrapped in DistributedDataParallel.
         input_ids: The prompts, (rows, tokens), the same on every rank.
-        schedule: The one that the stages were cut for.
+        schedule: The one that the stages were cut for; None to ask the ranks which stages they hold.
         seed: Of the random numbers, where tokens are drawn; the first rank's when None. The state of torch's
             generators is left as it was.
         options: Those of `transformers.GenerationMixin.generate`, the same on every rank: `attention_mask`,
@@ -91,7 +91,7 @@ def generate(
         What `generate` returns, on every rank: (rows, prompt and new tokens).
 
     Raises:
-        SplitError: The model cannot generate.
+        SplitError: The model cannot generate, or the ranks do not hold each of its stages once.
         PipelineError: A cache is given, or another rank failed.
 
     Example:
@@ -99,7 +99,7 @@ def generate(
     """
     with guarded("generate"):
         parts = {index: unwrapped(part) for index, part in parts.items()}
-        shell = _shell(parts, _for_one_microbatch(schedule))
+        shell = _shell(parts, _one_microbatch(_placement(parts, schedule)))
         drawn = seed if seed is not None else torch.initial_seed() % 2**63
         agreed = broadcast_json(drawn, tpc.get_control_group("pipe")) if tpc.get_pp_size() > 1 else drawn
     if options.get("past_key_values") is not None:
@@ -112,14 +112,26 @@ def generate(
         return shell.generate(input_ids, **{**options, **cached})
 
 
-def _for_one_microbatch(schedule: Any) -> Any:
-    """A plan says how many micro-batches it is for; the forwards of one have a single order, given the placement."""
-    if not isinstance(schedule, Plan):
-        return schedule
-    placement = schedule.placement
-    if placement == Placement.v(placement.num_ranks, 2):
-        return "zb-v"
-    return "1f1b" if placement.num_stages == placement.num_ranks else "interleaved-1f1b"
+def _placement(parts: Mapping[int, nn.Module], schedule: Any) -> Placement:
+    """Which rank owns which stage: what the schedule says, or what the ranks say that they hold."""
+    if schedule is not None:
+        return placement_of(schedule, tpc.get_pp_size(), len(parts))
+    mine = sorted(parts)
+    held = gather_json(mine, tpc.get_control_group("pipe")) if tpc.get_pp_size() > 1 else [mine]
+    owner = {stage: rank for rank, stages in enumerate(held) for stage in stages}
+    if sorted(stage for stages in held for stage in stages) != list(range(len(owner))):
+        raise SplitError(f"the ranks hold the stages {held}; pass each rank's own, such that each stage is there once")
+    return Placement(len(held), tuple(owner[stage] for stage in range(len(owner))))
+
+
+def _one_microbatch(placement: Placement) -> Plan:
+    """The only order in which one micro-batch can go through the stages, and come back."""
+    actions = []
+    for rank in range(placement.num_ranks):
+        stages = placement.local_stages(rank)
+        there = [Action(stage, Op.FORWARD, 0) for stage in stages]
+        actions.append((*there, *(Action(stage, Op.BACKWARD, 0) for stage in reversed(stages))))
+    return Plan("one micro-batch", placement, 1, tuple(actions))
 
 
 def _shell(parts: Mapping[int, nn.Module], schedule: Any) -> Any:
