@@ -1,28 +1,40 @@
-"""Draws the pictures of the documentation with the library: `python docs/pictures.py FOLDER [NAME ...]`.
+"""Draws the pictures of the documentation with the library: `python docs/pictures.py` draws that of the README.
 
-One picture a schedule, four ranks and eight micro-batches, a full backward twice as long as a forward; `1f1b` and
-`zb-v` also stand in `pictures/`, for the README, which is read without being built.
+One picture a schedule, four ranks and eight micro-batches, a full backward twice as long as a forward. They are drawn
+while the pages are built; the README is read without being built, so its picture lies in `pictures/`.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from torchdistpackage import schedule
+from torchdistpackage.schedule import Timeline
 from torchdistpackage.visualize import figure
 
+HERE = Path(__file__).parent
 RANKS, MICROBATCHES = 4, 8
 
 
-def draw_all(folder: Path, names: tuple[str, ...] = ()) -> None:
-    """Draws `name.svg` for each of the schedules, those of the catalogue if none is named."""
+def timeline(name: str) -> Timeline:
+    """A simulated step of the schedule."""
+    plan = schedule.build(name, RANKS, MICROBATCHES)
+    stages = plan.placement.num_stages
+    return schedule.simulate(plan, schedule.CostModel.uniform(stages, chunks=stages // RANKS))
+
+
+def draw_all(folder: Path) -> None:
+    """Draws `name.svg` for each schedule of the catalogue."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names or schedule.names():
-        plan = schedule.build(name, RANKS, MICROBATCHES)
-        costs = schedule.CostModel.uniform(plan.placement.num_stages, chunks=plan.placement.num_stages // RANKS)
-        figure(schedule.simulate(plan, costs), path=folder / f"{name}.svg")
+    for name in schedule.names():
+        figure(timeline(name), path=folder / f"{name}.svg")
+
+
+def draw_readme(folder: Path) -> None:
+    """Draws 1F1B above ZB-V, on one axis."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure(timeline("1f1b"), measured=timeline("zb-v"), path=folder / "1f1b-and-zb-v.svg")
 
 
 if __name__ == "__main__":
-    draw_all(Path(sys.argv[1]), tuple(sys.argv[2:]))
+    draw_readme(HERE / "pictures")

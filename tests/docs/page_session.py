@@ -72,17 +72,18 @@ def is_run(fence: Fence) -> bool:
 def run_page(rank: int, world_size: int, page: str, folder: str) -> int:
     """Runs a page in `folder`; returns how many fences were run. Called by the harness, in a process of its own."""
     os.chdir(folder)
-    session = _Session(page, Path(folder))
+    session = Session(page, Path(folder))
     return sum(session.run(fence) for fence in fences(Path(page).read_text(encoding="utf-8")) if is_run(fence))
 
 
-class _Session:
+class Session:
     """The reader at work: a folder with files, a Python prompt and a shell."""
 
     def __init__(self, page: str, folder: Path) -> None:
         self.page, self.folder = page, folder
         self.names: dict[str, Any] = {"__name__": "__main__"}
         self.environment = _environment(folder)
+        sys.path.insert(0, str(folder))  # as at a prompt in that folder
 
     def run(self, fence: Fence) -> bool:
         package = fence.says.get("needs")

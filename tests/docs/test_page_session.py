@@ -25,8 +25,20 @@ import sys
 Between them there is text.
 
 ```python
+# half.py
+def of(number):
+    return number // 2
+```
+
+```python
 # twice.py, continued
 print(2 * int(sys.argv[1]))
+```
+
+```python
+>>> import half
+>>> half.of(8)
+4
 ```
 
 ```console
@@ -78,7 +90,7 @@ def _back_to_this_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def test_a_page_is_run_from_the_top_to_the_bottom(tmp_path: Path) -> None:
-    assert run(PAGE, tmp_path) == 8
+    assert run(PAGE, tmp_path) == 10
 
 
 def test_lines_are_those_of_the_page() -> None:
