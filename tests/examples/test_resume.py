@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_runs import EXAMPLES, run_in_ranks
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import checkpoint_files  # noqa: E402
+import checkpoint_files
 
 PARTS = {"stage-0-replica-0.pt": b"first" * 1000, "stage-1-replica-0.pt": b"second" * 1000}
 
@@ -253,16 +253,16 @@ def bits(value):
     return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
 
-def assert_same_end(run, other):
-    """Weights, optimizer, random numbers, scale and losses, bit by bit."""
-    first, second = checkpoint_files.newest(run.output), checkpoint_files.newest(other.output)
+def assert_same_end(output, other):
+    """Weights, optimizer, random numbers, scale and losses of the runs in two folders, bit by bit."""
+    first, second = checkpoint_files.newest(output), checkpoint_files.newest(other)
     assert first.name == second.name
     parts, others = checkpoint_files.load_parts(first), checkpoint_files.load_parts(second)
     assert "model" in parts["stage-0-replica-0.pt"]
     for key in ("model", "optimizer", "log", "random", "scaler", "epoch", "rows", "layout"):
         for name in (*parts, *others):
             assert bits(parts[name].get(key)) == bits(others[name].get(key)), (name, key)
-    assert (run.output / "losses").read_text() == (other.output / "losses").read_text()
+    assert (output / "losses").read_text() == (other / "losses").read_text()
 
 
 SMALL = ["--depth", 2, "--drop-path", 0.2, "--warmup-epochs", 0.5]
@@ -271,14 +271,17 @@ SMALL = ["--depth", 2, "--drop-path", 0.2, "--warmup-epochs", 0.5]
 @pytest.mark.timeout(400)
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, start):
     options = [*SMALL, "--pp", 2, "--epochs", 1, "--steps-limit", 6, "--checkpoint-every", 2]
-    undisturbed = start(tmp_path / "undisturbed", *options).end()
+    undisturbed = tmp_path / "undisturbed"
+    run_in_ranks(
+        "train_deit.py", *options, "--output", undisturbed, "--log-losses", undisturbed / "losses", processes=2
+    )
     killed = start(tmp_path / "killed", *options, restarts=20)
     killed.wait_for(lambda: whole(killed.output, 2))
     os.kill(killed.workers()[1], signal.SIGKILL)
     killed.end()
     assert re.search(r"restart \d+: torchrun says above", killed.text())
     assert re.search(r"resumed from step-0000000[24] \(epoch 0, step [24]\)", killed.text())
-    assert_same_end(undisturbed, killed)
+    assert_same_end(undisturbed, killed.output)
 
 
 def random_images(folder):
@@ -333,7 +336,7 @@ def test_kills_at_random_moments_change_no_bit(tmp_path, start, case):
     killed.end(600)
     restarts = max(map(int, re.findall(r"restart (\d+): ", killed.text())))
     assert restarts >= KILLS
-    assert_same_end(undisturbed, killed)
+    assert_same_end(undisturbed.output, killed.output)
     seconds, resumed = time.monotonic() - began, re.findall(r"(?:resumed|skipped).*", killed.text())
     print(f"start-up {start_up:.1f} s, steps {steps:.1f} s, killed after {[round(moment, 1) for moment in moments]} s")
     print(f"{KILLS} kills, {restarts} restarts, {seconds:.0f} s with the undisturbed run, same bits; {resumed}")

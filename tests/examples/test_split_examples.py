@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from distributed_harness import run_distributed
-from test_examples import EXAMPLES, run
+from example_runs import EXAMPLES, run_as_said, run_in_ranks
 
 pytest.importorskip("transformers")
 sys.path.insert(0, str(EXAMPLES))
@@ -47,7 +47,7 @@ def parts(tmp_path_factory):
     """The files of a short training that was checked."""
     folder = tmp_path_factory.mktemp("split") / "parts"
     options = [*SHORT, "--microbatches", 3, "--freeze", "trunk", "--schedule", "zb-h1", "--save", folder, "--check"]
-    out = run(TRAIN, *options, processes=3)
+    out = run_in_ranks(TRAIN, *options, processes=3)
     assert "check: 4 losses" in out
     assert len(re.findall(r"^(?:bottom|trunk|top) +has layers [0-9.]+, [0-9,]+ parameters", out, re.MULTILINE)) == 3
     return folder
@@ -55,7 +55,7 @@ def parts(tmp_path_factory):
 
 @pytest.mark.timeout(200)
 def test_the_text_is_that_of_the_whole_model():
-    out = run(WRITE, "--at", "1,5", "--check", processes=3)
+    out = run_as_said(WRITE, "--at", "1,5", "--check", processes=3)
     assert "check: the same tokens as the whole model" in out
     assert "  Beautiful is better than ugly.\n" in out
     assert "  Now is better than never.\n" in out

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_examples import EXAMPLES, run
+from example_runs import EXAMPLES, run_in_ranks
 
 from torchdistpackage.schedule import names
 
@@ -15,7 +15,7 @@ sys.path.insert(0, str(EXAMPLES))
 import train_gpt
 
 SMALL = ["--layers", 4, "--width", 32, "--context", 32, "--batch-size", 8, "--tokens", 12]
-STEPS = [*SMALL, "--steps", 20, "--every", 1]
+STEPS = [*SMALL, "--steps", 10, "--every", 1]
 
 
 def losses(out):
@@ -24,7 +24,7 @@ def losses(out):
 
 
 def start(*options, processes=0, timeout=170):
-    return run("train_gpt.py", *options, processes=processes, timeout=timeout)
+    return run_in_ranks("train_gpt.py", *options, processes=processes, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ CUTS = [
 def test_every_step_has_the_loss_of_the_plain_loop(plain, arch, processes, options):
     out = start("--arch", arch, *STEPS, *options, processes=processes)
     found, expected = torch.tensor(losses(out)), torch.tensor(losses(plain[arch]))
-    assert expected.shape == (20, 2)
+    assert expected.shape == (10, 2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert out.splitlines()[0] == plain[arch].splitlines()[0]
     assert out.splitlines()[-1] == plain[arch].splitlines()[-1], "the sample is drawn alike"

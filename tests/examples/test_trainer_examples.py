@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from distributed_harness import run_distributed
-from test_examples import EXAMPLES
+from example_runs import EXAMPLES
 
 pytest.importorskip("tensorboard")
 
