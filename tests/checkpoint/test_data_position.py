@@ -65,5 +65,9 @@ def test_wrong_arguments():
         ResumableSampler(range(3), 2, 2)
     with pytest.raises(CheckpointError, match="'epoch' and 'rows'"):
         ResumableSampler(range(3)).load_state_dict({"epoch": 1})
+    with pytest.raises(CheckpointError, match=r"'epoch' and 'rows', whole numbers; this is None"):
+        ResumableSampler(range(3)).load_state_dict(None)
+    with pytest.raises(CheckpointError, match="the data set has no rows"):
+        ResumableSampler([])
     with pytest.raises(CheckpointError, match="does not give back"):
         ResumableSampler(range(3)).advance(-1)

@@ -11,7 +11,7 @@ from torch import nn
 from torchdistpackage import SplitError
 from torchdistpackage.split import load_whole_model_state_dict, materialize_stages
 from torchdistpackage.split.causal_lm import causal_lm_module_names, split_causal_lm
-from torchdistpackage.split.names import ties_in
+from torchdistpackage.split.ties import ties_in
 
 pytest.importorskip("transformers")
 FAMILIES = [*OPTIONS, *MORE]

@@ -17,15 +17,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchdistpackage.errors import CheckpointError, SplitError
-from torchdistpackage.split.names import (
-    load_whole_model_state_dict,
-    shared_parameters,
-    ties_in,
-    ties_of,
-    whole_model_names,
-    whole_model_state_dict,
-)
+from torchdistpackage.split.names import whole_model_names
 from torchdistpackage.split.sequential import balanced_partition, flatten_model, flatten_sequence, uniform_partition
+from torchdistpackage.split.ties import shared_parameters, ties_in, ties_of
+from torchdistpackage.split.whole_state import load_whole_model_state_dict, whole_model_state_dict
 
 RESNET: list[Any] = [
     *("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool"),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchdistpackage.errors import CheckpointError
-from torchdistpackage.split.names import ties_in
+from torchdistpackage.split.ties import ties_in
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -8,8 +8,9 @@ from torch import nn
 
 from torchdistpackage import PipelineStage, SplitError, create_automatic_splitter, create_manual_causal_lm_splitter
 from torchdistpackage.schedule import Placement
-from torchdistpackage.split.names import ties_in, whole_model_names
+from torchdistpackage.split.names import whole_model_names
 from torchdistpackage.split.pipe import stages_in_use
+from torchdistpackage.split.ties import ties_in
 from torchdistpackage.trainer.stages import cut_model
 
 PLACEMENTS = [Placement.loop(1), Placement.loop(2), Placement.v(2), Placement.loop(4)]

@@ -9,8 +9,10 @@ from torch import nn
 from typing_extensions import assert_type
 
 import torchdistpackage as tdp
+from torchdistpackage import checkpoint, split
 from torchdistpackage.checkpoint import CheckpointInfo, ExportReport, Loaded, export_safetensors, list_checkpoints
 from torchdistpackage.schedule import CostModel, Plan, Timeline, build, names, planner, simulate
+from torchdistpackage.split import parts
 from torchdistpackage.trainer import TrainOutput
 
 assert_type(build("1f1b", 2, 4), Plan)
@@ -37,3 +39,30 @@ assert_type(tdp.PipelineTrainer(model=nn.Linear(2, 2), eval_dataset=[]).evaluate
 assert_type(tdp.Checkpointer("run", nn.Linear(2, 2)).load(), Loaded | None)
 assert_type(list_checkpoints("run"), list[CheckpointInfo])
 assert_type(export_safetensors("run", "tuned"), ExportReport)
+
+# split/
+assert_type(split.balanced_boundaries([1, 2], 2), tuple[int, ...])
+assert_type(split.load_balance([1, 2], (0, 1, 2)), split.LoadBalance)
+assert_type(split.layout_boundaries("Et|tL", before=1, blocks=2, after=1), tuple[int, ...])
+assert_type(split.call_cost(nn.Linear(2, 2), (torch.zeros(1, 2),)), split.CallCost)
+assert_type(split.pipeline(nn.Linear(2, 2), (torch.zeros(1, 2),)), split.Pipe)
+assert_type(split.pipeline(nn.Linear(2, 2), (torch.zeros(1, 2),)).get_stage_module(0), split.TracedStage)
+assert_type(tdp.pipe_split(), None)
+assert_type(tdp.split_causal_lm(nn.Linear(2, 2), 2), dict[int, nn.Module])
+assert_type(tdp.create_manual_causal_lm_splitter(), split.ModelSplitter)
+assert_type(tdp.create_automatic_splitter({"layers.2": "beginning"}), split.ModelSplitter)
+assert_type(split.record_init(lambda: nn.Linear(2, 2)), split.RecordedInit)
+assert_type(split.ties_of(nn.Parameter(torch.zeros(1))), split.TiedParameter | None)
+assert_type(split.whole_model_state_dict(nn.Linear(2, 2)), dict[str, torch.Tensor])
+assert_type(split.load_stages("model", 4, [2]), dict[int, nn.Module])
+assert_type(split.save_stage(nn.Linear(2, 2), "tuned", 0, 1), split.StageFiles | None)
+assert_type(tdp.load_split_model("parts/top.safetensors"), Any)
+assert_type(parts.split_checkpoint("model", [2, 10], "parts"), list[parts.PartFile])
+assert_type(parts.place_parts({"bottom": 1}, {"cuda:0": 2}), dict[str, str])
+
+# checkpoint/
+assert_type(checkpoint.inspect_checkpoint("run/step-00000120"), checkpoint.Manifest)
+assert_type(checkpoint.verify_checkpoint("run/step-00000120"), str | None)
+assert_type(checkpoint.load_safetensors("trained", nn.Linear(2, 2)), checkpoint.LoadedNames)
+assert_type(checkpoint.save_safetensors(nn.Linear(2, 2), "trained"), ExportReport)
+assert_type(checkpoint.ResumableSampler(range(3)).state_dict(), dict[str, int])

@@ -5,11 +5,12 @@
 `contents.py`        what this rank brings: `named_model.py`, `optimizer_parts.py`, `options.py`
 `boxes.py`           the arithmetic; `local_boxes.py` of DTensors, `parts.py` with tensors
 `plan.py`            who writes what
-`job.py`             writes it; `background.py` in a thread, `ranks.py` what ranks tell each other
+`job.py`             writes it; `background.py` in a thread, `ranks.py` what ranks tell each other, `plain.py` values
+                     that are no tensors
 `tensor_writing.py`  boxes to files, in the format of torch.distributed.checkpoint; `tensor_files.py` reads
 `folder.py`          folders that count or do not; `manifest.py`, `choosing.py`, `inspection.py`
 `restore.py`         into the objects of another layout; `companions.py` what has no tensors of the model;
-                     `schedulers.py` learning rates of this rank's parameter groups
+                     `schedulers.py` learning rates of this rank's parameter groups, `random_states.py` generators
 `data_position.py`   a place in the data that fits any number of replicas: `ResumableSampler`
 `export.py`          a checkpoint to a Hugging Face directory; `safetensors_*.py` from and to running stages
 ===================  =================================================================================

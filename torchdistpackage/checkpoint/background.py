@@ -1,5 +1,7 @@
 """A job in a thread of its own, beside the steps, and the copies that it writes from.
 
+::
+
     save()      copies what this rank will write to host memory, starts the thread, returns
     thread      writes, hashes, renames
     next save, wait, close      waits for the thread, and raises what it has met
@@ -45,18 +47,17 @@ class Background:
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits for the job, and raises what it has raised, once."""
+        """Waits for the job.
+
+        Raises:
+            BaseException: What the job has raised, once.
+        """
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-    @property
-    def busy(self) -> bool:
-        """Whether a job is under way."""
-        return self._thread is not None and self._thread.is_alive()
 
 
 @final

@@ -1,5 +1,7 @@
 """The arithmetic of checkpoints: what a rank holds of a tensor is a few boxes of it, and boxes fit any layout.
 
+::
+
     whole tensor, 4 x 6          Shard(0), rank 1 of 2        elements [8, 21) of a flat one: three boxes
 
     . . . . . .                  . . . . . .                  . . . . . .

@@ -1,5 +1,7 @@
 """The face of this room: saves and loads everything that a run needs to go on, in any layout.
 
+::
+
     checkpointer = Checkpointer("run", stages, optimizer=optimizer, scheduler=scheduler, asynchronous=True)
     loaded = checkpointer.load()
     for step in range(loaded.step if loaded else 0, steps):
@@ -60,6 +62,15 @@ class Loaded:
         skipped: Name and fault of each newer checkpoint that is torn.
         missing: With strict=False: names of the model that the checkpoint has not.
         unexpected: With strict=False: names of the checkpoint that no rank's model has.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> run = tempfile.TemporaryDirectory()
+        >>> Checkpointer(run.name, nn.Linear(2, 3)).save(120, extra={"epoch": 3})
+        >>> loaded = Checkpointer(run.name, nn.Linear(2, 3, bias=False)).load(strict=False)
+        >>> loaded.path.name, loaded.extra, loaded.unexpected
+        ('step-00000120', {'epoch': 3}, ('bias',))
     """
 
     step: int
@@ -112,8 +123,8 @@ class Checkpointer:
 
     Example:
         >>> import tempfile, torch
-        >>> folder, layer = tempfile.mkdtemp(), torch.nn.Linear(2, 2)
-        >>> with Checkpointer(folder, layer, optimizer=torch.optim.AdamW(layer.parameters())) as checkpointer:
+        >>> run, layer = tempfile.TemporaryDirectory(), torch.nn.Linear(2, 2)
+        >>> with Checkpointer(run.name, layer, optimizer=torch.optim.AdamW(layer.parameters())) as checkpointer:
         ...     checkpointer.save(120, extra={"epoch": 3})
         ...     loaded = checkpointer.load()
         >>> loaded.step, loaded.extra, loaded.same_layout

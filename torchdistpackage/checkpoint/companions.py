@@ -1,9 +1,11 @@
 """What goes with a model beside its tensors: scheduler, scaler, named objects, random numbers, the place in the data.
 
-objects     the same on every rank: the first rank's state, for all             shared.pt
-schedulers  alike, but for the groups of each rank's optimizer                  shared.pt
-random      a rank's own, or new streams where the layout is another one        random.<rank>....
-data        a rank's own, or that of all where all had the same                 rank-00003.pt
+::
+
+    objects      the same on every rank: the first rank's state, for all           shared.pt
+    schedulers   alike, but for the groups of each rank's optimizer                shared.pt
+    random       a rank's own, or new streams where the layout is another one      random.<rank>....
+    data         a rank's own, or that of all where all had the same               rank-00003.pt
 """
 
 from __future__ import annotations

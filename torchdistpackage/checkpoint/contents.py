@@ -1,5 +1,7 @@
 """What this rank brings to a checkpoint: its parts, and what the others have to know of them.
 
+::
+
     model.<name>                    parameters and persistent buffers
     optimizer.<name>.<entry>        state, and master weights
     ema.<name>                      averages

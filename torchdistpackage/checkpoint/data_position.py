@@ -1,5 +1,7 @@
 """A place in the data that fits any number of replicas: rows of the whole data set that were trained on.
 
+::
+
     epoch order     7 2 9 4 0 5 1 8 3 6        one permutation, from (seed, epoch)
     2 replicas      7   9   0   1   3          replica 0: rows 0::2, replica 1: rows 1::2
     rows = 4 ------------->|
@@ -39,7 +41,7 @@ class ResumableSampler(Sampler[int]):
             beginning are taken again, so that every replica has as many.
 
     Raises:
-        CheckpointError: rank is not one of the replicas.
+        CheckpointError: rank is not one of the replicas, or the data set has no rows.
 
     Example:
         >>> sampler = ResumableSampler(range(10), num_replicas=2, rank=0, shuffle=False)
@@ -138,4 +140,4 @@ class ResumableSampler(Sampler[int]):
         try:
             self._epoch, self._rows = int(state["epoch"]), int(state["rows"])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"a position has 'epoch' and 'rows', this has {sorted(map(str, state))}") from error
+            raise CheckpointError(f"a position has 'epoch' and 'rows', whole numbers; this is {state!r}") from error

@@ -71,9 +71,17 @@ def export_safetensors(
         ModuleNotFoundError: The model is one of transformers, which is not installed; the message names the extra.
 
     Example:
-        >>> export_safetensors("run", "tuned", dtype="bfloat16")  # doctest: +SKIP
-        ExportReport(directory=PosixPath('tuned'), files=('model.safetensors',), num_tensors=290, num_bytes=2471645184)
-        >>> AutoModelForCausalLM.from_pretrained("tuned")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> from torchdistpackage.checkpoint import Checkpointer
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=10))
+        >>> Checkpointer(f"{home.name}/run", model, config=model.config).save(120)
+        >>> report = export_safetensors(f"{home.name}/run", f"{home.name}/tuned", dtype="bfloat16")
+        >>> report.files, report.num_tensors
+        (('model.safetensors',), 28)
+        >>> AutoModelForCausalLM.from_pretrained(f"{home.name}/tuned").dtype
+        torch.bfloat16
     """
     most, chosen = number_of_bytes(max_shard_size), float_type(dtype)
     target = check_target(directory)

@@ -1,5 +1,7 @@
 """Checkpoints as folders: whole or not there at all, whenever the processes that write them are killed.
 
+::
+
     run/step-00000120.unfinished/      while it is written
         ...                            every file flushed to the disk
         manifest.json                  last: bytes and SHA-256 of every other file

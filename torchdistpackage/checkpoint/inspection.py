@@ -35,6 +35,17 @@ class CheckpointInfo:
         time: When it was written, in seconds since 1970; None if it does not say.
         nbytes: Of its files; 0 if it does not say.
         fault: Why it is not whole, in words; None if it is.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import Checkpointer
+        >>> run = tempfile.TemporaryDirectory()
+        >>> Checkpointer(run.name, nn.Linear(2, 2)).save(120)
+        >>> (Path(run.name) / "step-00000120" / "shared.pt").unlink()
+        >>> info, = list_checkpoints(run.name)
+        >>> info.step, info.path.name, info.fault
+        (120, 'step-00000120', 'shared.pt is missing')
     """
 
     path: Path
@@ -52,8 +63,14 @@ def list_checkpoints(run: str | os.PathLike[str], *, hashes: bool = False) -> li
         hashes: Compare the contents of all files, not only their sizes.
 
     Example:
-        >>> [info.step for info in list_checkpoints("no such folder")]
-        []
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import Checkpointer
+        >>> run = tempfile.TemporaryDirectory()
+        >>> for step in (5, 10):
+        ...     Checkpointer(run.name, nn.Linear(2, 2)).save(step)
+        >>> [info.step for info in list_checkpoints(run.name)], list_checkpoints("no such folder")
+        ([10, 5], [])
     """
     folder = Path(run)
     found = []
@@ -74,8 +91,14 @@ def newest_checkpoint(run: str | os.PathLike[str], *, hashes: bool = False) -> P
         hashes: Compare the contents of all files, not only their sizes.
 
     Example:
-        >>> newest_checkpoint("no such folder") is None
-        True
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import Checkpointer
+        >>> run = tempfile.TemporaryDirectory()
+        >>> for step in (5, 10):
+        ...     Checkpointer(run.name, nn.Linear(2, 2)).save(step)
+        >>> newest_checkpoint(run.name).name, newest_checkpoint("no such folder")
+        ('step-00000010', None)
     """
     return next((info.path for info in list_checkpoints(run, hashes=hashes) if info.fault is None), None)
 
@@ -88,8 +111,13 @@ def verify_checkpoint(path: str | os.PathLike[str], *, hashes: bool = True) -> s
         hashes: Compare the contents of all files, not only their sizes.
 
     Example:
-        >>> verify_checkpoint("no such folder")
-        'there is no such folder'
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import Checkpointer
+        >>> run = tempfile.TemporaryDirectory()
+        >>> Checkpointer(run.name, nn.Linear(2, 2)).save(5)
+        >>> verify_checkpoint(f"{run.name}/step-00000005"), verify_checkpoint("no such folder")
+        (None, 'there is no such folder')
     """
     return what_it_is(Path(path)) or fault_of(Path(path), hashes=hashes)
 
@@ -104,8 +132,14 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Manifest:
         CheckpointError: It is none.
 
     Example:
-        >>> inspect_checkpoint("run/step-00000120").parameters  # doctest: +SKIP
-        124439808
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import Checkpointer
+        >>> run = tempfile.TemporaryDirectory()
+        >>> Checkpointer(run.name, nn.Linear(2, 3)).save(120)
+        >>> manifest = inspect_checkpoint(newest_checkpoint(run.name))
+        >>> manifest.parameters, [key for key in manifest.tensors if key.startswith("model.")]
+        (9, ['model.weight', 'model.bias'])
     """
     if (problem := what_it_is(Path(path))) is not None:
         raise CheckpointError(f"{path} cannot be inspected: {problem}")

@@ -1,5 +1,7 @@
 """The writing of one checkpoint, from parts that nobody changes any more to a folder that counts.
 
+::
+
     every rank     rank 0                                                every rank
     ---------------------------------------------------------------------------------------------
                    step-00000120.unfinished, empty
@@ -103,7 +105,9 @@ class Job:
                 f"rank {rank} does not see {target}, which rank 0 has made; the folder of checkpoints must be on a "
                 "file system that all ranks share"
             )
-        random = [_random(key, tensor) for key, tensor in self.random.items()]
+        random = [
+            _beside(key, str(state.dtype).removeprefix("torch."), state.shape) for key, state in self.random.items()
+        ]
         stored = write_tensors(target, [*self.chosen[rank], *random], [*self.tensors, *self.random.values()], rank)
         names = {file for file, _, _ in stored}
         if self.own is not None:
@@ -121,8 +125,7 @@ class Job:
             return
         target = unfinished(self.folder)
         everything = [
-            [*mine, *(Chosen(key, dtype, tuple(shape), whole_box(shape), -1) for key, dtype, shape in told["random"])]
-            for mine, told in zip(self.chosen, written, strict=True)
+            [*mine, *(_beside(*one) for one in told["random"])] for mine, told in zip(self.chosen, written, strict=True)
         ]
         finish_tensors(target, everything, [told["stored"] for told in written])
         write_file(target / SHARED, self.shared)
@@ -150,9 +153,9 @@ class Job:
         remove_old(self.folder.parent, self.step, self.keep)
 
 
-def _random(key: str, tensor: Tensor) -> Chosen:
-    shape = tuple(tensor.shape)
-    return Chosen(key, str(tensor.dtype).removeprefix("torch."), shape, whole_box(shape), -1)
+def _beside(key: str, dtype: str, shape: Sequence[int]) -> Chosen:
+    """A whole tensor that is no part of the model: a rank's own."""
+    return Chosen(key, dtype, tuple(shape), whole_box(shape), -1)
 
 
 def _check_all_here(target: Path, files: Mapping[str, FileFacts]) -> None:

@@ -29,6 +29,16 @@ class FileFacts:
     Attributes:
         nbytes: Its size.
         sha256: In hexadecimal digits.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import Checkpointer, inspect_checkpoint
+        >>> run = tempfile.TemporaryDirectory()
+        >>> Checkpointer(run.name, nn.Linear(2, 3), config={"width": 2}).save(1)
+        >>> files = inspect_checkpoint(f"{run.name}/step-00000001").files
+        >>> files["config.json"].nbytes, len(files["config.json"].sha256)
+        (16, 64)
     """
 
     nbytes: int
@@ -44,6 +54,10 @@ class TensorFacts:
         dtype: As "float32".
         shape: Of the whole tensor.
         nbytes: Of the whole tensor.
+
+    Example:
+        >>> TensorFacts("bfloat16", (3, 2), 12).numel
+        6
     """
 
     dtype: str
@@ -69,6 +83,16 @@ class Manifest:
         files: By name, without the manifest.
         tensors: By key.
         aliases: Name of a parameter that has several -> all of its names.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import Checkpointer, inspect_checkpoint
+        >>> run = tempfile.TemporaryDirectory()
+        >>> Checkpointer(run.name, nn.Linear(2, 3)).save(120)
+        >>> manifest = inspect_checkpoint(f"{run.name}/step-00000120")
+        >>> manifest.step, manifest.layout, manifest.parameters, manifest.tensors["model.weight"]
+        (120, '1 process', 9, TensorFacts(dtype='float32', shape=(3, 2), nbytes=24))
     """
 
     step: int

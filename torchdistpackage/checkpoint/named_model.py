@@ -1,5 +1,7 @@
 """The parameters and buffers of this rank's stages, each once, with all the names that it has in the whole model.
 
+::
+
     one module                     its own names, or whole-model names if a splitter made its layers
     several, {stage: module}       whole-model names; modules without such names are called after their stage
     wrapped (DDP, compile, ...)    seen through
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torchdistpackage.checkpoint.parts import check_dense
 from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.model_tensors import named_tensors
-from torchdistpackage.split.names import ties_in
+from torchdistpackage.split.ties import ties_in
 
 __all__ = ["Aliases", "Named", "Stages", "in_one_module", "named_model", "saved_name"]
 

@@ -1,5 +1,7 @@
 """An optimizer's state by the names of the parameters, whatever it steps on.
 
+::
+
     steps on                   the parameter's state is            saved as
     the parameter              one tensor                          optimizer.<name>.exp_avg      one box
     a DTensor of it            a DTensor, as the parameter         optimizer.<name>.exp_avg      this rank's box

@@ -33,7 +33,7 @@ def options_of(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
     """
     found = []
     for optimizer in optimizers:
-        kind = type(getattr(optimizer, "optim", optimizer)).__name__
+        kind = _class_of(optimizer)
         for group in optimizer.param_groups:
             kept = {key: _copied(value) for key, value in group.items() if key not in _WHICH}
             found.append({"optimizer": kind, **kept})
@@ -91,7 +91,7 @@ def apply_options(
     known = {id(one.tensor): one for one in model}
     writes: list[Callable[[], None]] = []
     for optimizer in optimizers:
-        kind = type(getattr(optimizer, "optim", optimizer)).__name__
+        kind = _class_of(optimizer)
         for group, parameters in zip(optimizer.param_groups, parameters_of(optimizer), strict=True):
             first: tuple[str, Mapping[str, Any]] | None = None
             for parameter in parameters:
@@ -146,6 +146,11 @@ def _absent(name: str, kind: str) -> CheckpointError:
         f"{name} is in {kind} here, but was in no optimizer when the checkpoint was saved; leave it out of the "
         "optimizer, or load(strict=False) to give it the options and the state of a new one"
     )
+
+
+def _class_of(optimizer: Any) -> str:
+    """Its class; of one that shards another, that one's."""
+    return type(getattr(optimizer, "optim", optimizer)).__name__
 
 
 def _copied(value: Any) -> Any:

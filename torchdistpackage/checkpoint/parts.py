@@ -1,5 +1,7 @@
 """The tensors of checkpoints: a part is a view of this rank's memory, and the box of the whole tensor that it is.
 
+::
+
     plain tensor              one part, the whole tensor
     DTensor                   one part; several where its rows are strided (q, k and v in one, each sharded)
     elements [a, b) of one    what a rank of `Bf16ZeroOptimizer` owns: a few parts, see `boxes.py`
@@ -36,7 +38,7 @@ class Part:
         shape: Of the whole tensor.
         box: Which part of it.
         tensor: The values; a view, with the sizes of the box.
-        kind: "parameter", "buffer", "state" or "random": who writes it if several ranks hold it, see `plan.py`.
+        kind: "parameter", "buffer" or "state": who writes it if several ranks hold it, see `plan.py`.
         tied: Whether other stages may hold it, too.
         expert: Whether ranks of one expert-parallel group hold different ones.
     """

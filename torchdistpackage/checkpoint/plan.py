@@ -1,5 +1,7 @@
 """Who writes what: of every box that several ranks hold, one rank writes it, so that all have about as much to do.
 
+::
+
     rank 0   embed [a], block.0 [b] [c]        holds a b c      writes a c          a, b, c: boxes; ranks 0 and 1 are
     rank 1   embed [a], block.0 [b] [c]        holds a b c      writes b            replicas of one stage
     rank 2   head (= embed) [a'], block.1 [d]  holds a' d       writes d            a' is a's twin on another stage
@@ -121,7 +123,11 @@ class _Key:
             )
 
     def chosen_place(self) -> dict[Box, list[tuple[int, int]]]:
-        """The boxes of the first place in the pipeline that has all of the tensor."""
+        """The boxes of the first place in the pipeline that has all of the tensor.
+
+        Raises:
+            CheckpointError: No place has all of it, or two places have parameters of that name that are not tied.
+        """
         if self.kind == "parameter" and len(self.places) > 1 and not all(self.tied.values()):
             first, second, *_ = sorted(self.places)
             ranks = [min(rank for holders in self.places[at].values() for rank, _ in holders) for at in (first, second)]

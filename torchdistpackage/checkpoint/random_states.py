@@ -1,8 +1,10 @@
 """The random numbers of a rank: the states of all generators that a loop may use, as tensors of whole numbers.
 
-same layout      every rank goes on with its own          random.<rank>.torch, .numpy, .python, .cuda
-another one      new streams, one a rank, made from rank 0's state, the step and the rank: repeatable, and no two
-ranks alike
+::
+
+    same layout     every rank goes on with its own: random.<rank>.torch, .numpy, .python, .cuda
+    another one     new streams, one a rank, made from rank 0's state, the step and the rank:
+                    repeatable, and no two ranks alike
 """
 
 from __future__ import annotations

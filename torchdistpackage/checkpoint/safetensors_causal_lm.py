@@ -37,7 +37,7 @@ from torchdistpackage.split.decoder.needed_tensors import quiet
 from torchdistpackage.split.decoder.pretrained import read_config, without_weights
 from torchdistpackage.split.decoder.pretrained_saving import StageFiles, save_stage
 from torchdistpackage.split.decoder.weight_files import listed, need_transformers
-from torchdistpackage.split.names import ties_in
+from torchdistpackage.split.ties import ties_in
 
 __all__ = ["causal_lm_of", "write_causal_lm"]
 

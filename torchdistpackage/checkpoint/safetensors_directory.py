@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from torchdistpackage.checkpoint.folder import sync_folder, write_file
 from torchdistpackage.errors import CheckpointError
+from torchdistpackage.split.decoder.safetensors_header import read_header
 from torchdistpackage.split.decoder.weight_files import INDEX, listed
 
 __all__ = ["RECORD", "ExportReport", "begin_directory", "check_target", "finish_directory", "unfinished_directory"]
@@ -41,6 +43,15 @@ class ExportReport:
         files: The safetensors files, by name.
         num_tensors: Tensors in them.
         num_bytes: Bytes of these tensors.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import save_safetensors
+        >>> home = tempfile.TemporaryDirectory()
+        >>> report = save_safetensors(nn.Linear(2, 3), f"{home.name}/trained", max_shard_size=24)
+        >>> report.files, report.num_tensors, report.num_bytes
+        (('model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'), 2, 36)
     """
 
     directory: Path
@@ -110,25 +121,19 @@ def finish_directory(
     """
     weight_map = {name: file for file, names in files.items() for name in names}
     try:
-        num_bytes = sum(_tensor_bytes(folder / file) for file in files)
+        num_bytes = sum(read_header(folder / file).num_tensor_bytes for file in files)
         if len(files) != 1:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
             _write_json(folder / INDEX, index, sort_keys=True)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
         _write_json(folder / RECORD, {"format": _FORMAT, "version": 1, **source, "files": sizes})
-        _sync(folder)
+        sync_folder(folder)
         _put_in_place(folder, check_target(target))
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be put in place: {error.strerror}; all is in {folder}, which may be renamed by hand"
         ) from error
     return ExportReport(target, tuple(files), len(weight_map), num_bytes)
-
-
-def _tensor_bytes(path: Path) -> int:
-    """A safetensors file is 8 bytes, that many bytes of header, and the tensors."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _put_in_place(folder: Path, target: Path) -> None:
@@ -140,7 +145,7 @@ def _put_in_place(folder: Path, target: Path) -> None:
     if home.is_dir() and any(home.iterdir()):
         os.replace(home, earlier)
     os.replace(folder, home)
-    _sync(home.parent)
+    sync_folder(home.parent)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
@@ -154,16 +159,4 @@ def _written_earlier(target: Path) -> set[str]:
 
 
 def _write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Puts the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_file(path, (json.dumps(content, indent=2, sort_keys=sort_keys) + "\n").encode())

@@ -53,6 +53,15 @@ class LoadedNames:
     Attributes:
         missing: Names of this rank's tensors that no file has; they were left as they are. Empty if strict.
         unused: Names in the files that no rank has.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import save_safetensors
+        >>> home = tempfile.TemporaryDirectory()
+        >>> _ = save_safetensors(nn.Linear(2, 3, bias=False), f"{home.name}/trained")
+        >>> load_safetensors(f"{home.name}/trained", nn.Linear(2, 3), strict=False)
+        LoadedNames(missing=('bias',), unused=())
     """
 
     missing: tuple[str, ...]
@@ -79,9 +88,20 @@ def load_safetensors(source: str | os.PathLike[str], stages: Stages, *, strict: 
         ModuleNotFoundError: safetensors is not installed; the message names the extra.
 
     Example:
-        >>> parts = partition_chunks(layers, "1f1b")  # doctest: +SKIP
-        >>> load_safetensors("resnet50", parts)  # doctest: +SKIP
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage import flatten_model, partition_uniform
+        >>> from torchdistpackage.checkpoint import save_safetensors
+        >>> def layers():
+        ...     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        ...     return flatten_model(model, ["0", "1", "2"], return_list=True)
+        >>> home, trained = tempfile.TemporaryDirectory(), layers()
+        >>> _ = save_safetensors(trained, f"{home.name}/trained")
+        >>> stages = {s: nn.Sequential(*partition_uniform(layers(), num_stages=2, stage=s)) for s in (0, 1)}
+        >>> load_safetensors(f"{home.name}/trained", stages)
         LoadedNames(missing=(), unused=())
+        >>> bool((stages[1][0].weight == trained[2].weight).all())
+        True
     """
     _need_safetensors()
     return _load(Path(source), stages, strict, all_ranks())
@@ -89,9 +109,11 @@ def load_safetensors(source: str | os.PathLike[str], stages: Stages, *, strict: 
 
 def _load(source: Path, stages: Stages, strict: bool, ranks: Ranks) -> LoadedNames:
     matches: list[_Match] = []
+    in_files: set[str] = set()
 
     def look() -> list[str]:
         files = _open(source)
+        in_files.update(files.file_of)
         for named in named_model(in_one_module(stages)):
             name = next((name for name in named.names if name in files.file_of), None)
             matches.append(_Match(files, named, name))
@@ -102,11 +124,11 @@ def _load(source: Path, stages: Stages, strict: bool, ranks: Ranks) -> LoadedNam
                 "language model of transformers is loaded by load_causal_lm; strict=False leaves what is missing"
             )
         _check_fit([match for match in matches if match.name is not None])
-        return sorted({name for match in matches for name in match.named.names} & {*files.file_of})
+        return sorted({name for match in matches for name in match.named.names} & in_files)
 
     used = {name for names in ranks.together(f"{source} cannot be loaded", look) for name in names}
     ranks.together(f"{source} cannot be read", lambda: _read(matches))
-    unused = tuple(sorted({*_open(source).file_of} - used))
+    unused = tuple(sorted(in_files - used))
     if unused and ranks.rank == 0:
         _logger.warning("%s holds %d tensors that no stage has: %s", source, len(unused), listed(unused))
     return LoadedNames(tuple(match.named.name for match in matches if match.name is None), unused)

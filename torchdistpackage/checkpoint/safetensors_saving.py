@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from torchdistpackage.checkpoint.job import config_text
 from torchdistpackage.checkpoint.named_model import Named, Stages, in_one_module, named_model
@@ -49,7 +48,7 @@ from torchdistpackage.checkpoint.safetensors_writing import (
 from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.decoder.needed_tensors import dtype_in_files, torch_dtype
 from torchdistpackage.split.decoder.safetensors_header import TensorEntry
-from torchdistpackage.split.model_tensors import is_dtensor
+from torchdistpackage.split.model_tensors import whole_tensor
 
 __all__ = ["save_safetensors"]
 
@@ -107,8 +106,15 @@ def save_safetensors(
             another rank. What was in the directory is as it was.
 
     Example:
-        >>> save_safetensors(parts, "trained", dtype="bfloat16").num_tensors  # doctest: +SKIP
-        161
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from safetensors.torch import load_file
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> save_safetensors(model, f"{home.name}/trained", dtype="bfloat16").files
+        ('model.safetensors',)
+        >>> {name: tuple(value.shape) for name, value in load_file(f"{home.name}/trained/model.safetensors").items()}
+        {'0.bias': (4,), '0.weight': (4, 2), '2.bias': (1,), '2.weight': (1, 4)}
     """
     options = _Options(number_of_bytes(max_shard_size), float_type(dtype), config)
     return _save(stages, Path(directory), options, all_ranks())
@@ -221,7 +227,7 @@ def _write(mine: Sequence[Named], shards: _Shards, folder: Path, rank: int) -> N
     writers: dict[str, ShardWriter] = {}
     with ExitStack() as open_files:
         for named in mine:
-            whole = _whole(named.tensor)
+            whole = whole_tensor(named.tensor.detach())
             file = file_of.get(named.name)
             if file is None or cause is not None:
                 continue
@@ -237,12 +243,6 @@ def _write(mine: Sequence[Named], shards: _Shards, folder: Path, rank: int) -> N
             raise cause
         for writer in writers.values():
             writer.finish()
-
-
-def _whole(tensor: Any) -> Tensor:
-    """A sharded tensor, gathered from all ranks that have a part of it."""
-    whole: Tensor = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor
-    return whole
 
 
 def _type_name(dtype: torch.dtype | None) -> str | None:

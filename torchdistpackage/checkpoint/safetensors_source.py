@@ -45,18 +45,23 @@ class StoredModel:
 
     Attributes:
         folder: The folder.
-        step: Number of the checkpoint.
         layouts: Name -> type and shape, in the order of the names.
         aliases: Name -> the other names of the same tensor.
 
     Example:
-        >>> StoredModel(Path("run/step-00000120")).read("lm_head.weight").shape  # doctest: +SKIP
-        torch.Size([128256, 4096])
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import Checkpointer
+        >>> run = tempfile.TemporaryDirectory()
+        >>> Checkpointer(run.name, nn.Linear(2, 3)).save(120)
+        >>> stored = StoredModel(Path(run.name, "step-00000120"))
+        >>> stored.layouts["weight"], stored.read("bias").shape
+        (TensorLayout(dtype=torch.float32, shape=(3, 2)), torch.Size([3]))
     """
 
     def __init__(self, folder: Path) -> None:
         manifest = inspect_checkpoint(folder)
-        self.folder, self.step = folder, manifest.step
+        self.folder = folder
         self._files = TensorFiles(folder)
         names = [key.removeprefix(_PREFIX) for key in self._files.keys if key.startswith(_PREFIX)]
         if not names:

@@ -1,7 +1,7 @@
 """A learning rate scheduler's state, for the groups of this rank's optimizer.
 
 A scheduler has lists with an entry a parameter group. Stages have groups of their own, in number, order and options, so
-another rank's lists are of other groups: learning rates of 0.01 would become 0.1, and nothing would say so.
+another rank's lists are of other groups: learning rates of 0.01 would become 0.1, and nothing would say so::
 
     same layout        each rank's own state, as it was
     another layout     the first rank's, with the lists that are here:

@@ -1,5 +1,7 @@
 """The tensors of a checkpoint that is on the disk: any box of any of them, into tensors of any layout.
 
+::
+
     written      | a a a a | b b b b | c c c c |          the boxes of another layout, in the files that DCP describes
     wanted              | x x x x x x |                   a part of this rank: half of a, all of b
 
@@ -57,9 +59,14 @@ class TensorFiles:
         CheckpointError: It cannot be read.
 
     Example:
-        >>> files = TensorFiles(Path("run/step-00000120"))  # doctest: +SKIP
-        >>> files.read_whole("model.weight").shape  # doctest: +SKIP
-        torch.Size([10, 4])
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from torchdistpackage.checkpoint import Checkpointer
+        >>> run = tempfile.TemporaryDirectory()
+        >>> Checkpointer(run.name, nn.Linear(2, 3)).save(120)
+        >>> files = TensorFiles(Path(run.name, "step-00000120"))
+        >>> files.read_whole("model.weight").shape, files.dtype("model.bias"), files.chunks("model.bias")
+        (torch.Size([3, 2]), torch.float32, [Box(offsets=(0,), sizes=(3,))])
     """
 
     def __init__(self, folder: Path) -> None:

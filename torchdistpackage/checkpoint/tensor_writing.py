@@ -1,5 +1,7 @@
 """Parts to files, in the format of `torch.distributed.checkpoint` (DCP): its tools read these folders, too.
 
+::
+
     __0_0.distcp  __1_0.distcp  ...    the boxes that each rank wrote, one after another, each as torch.save writes it
     .metadata                          shape and dtype of each tensor; file, place and length of each of its boxes
 

@@ -20,7 +20,6 @@ from torchdistpackage.parallel.first_rank import decided_by_the_first_rank
 from torchdistpackage.parallel.step_plan import placement_of
 from torchdistpackage.schedule import Placement, Plan
 from torchdistpackage.split.cost import CostName, layer_costs
-from torchdistpackage.split.names import TiedParameter, ties_of
 from torchdistpackage.split.sequential import (
     CallableModule,
     balanced_partition,
@@ -28,6 +27,7 @@ from torchdistpackage.split.sequential import (
     flatten_sequence,
     uniform_partition,
 )
+from torchdistpackage.split.ties import TiedParameter, ties_of
 
 __all__ = [
     "CallableModule",

@@ -22,8 +22,8 @@ from torchdistpackage.errors import SplitError
 from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
-from torchdistpackage.split.names import TiedParameter, ties_in
 from torchdistpackage.split.pipe import are_ends_expected, take_ends_run
+from torchdistpackage.split.ties import TiedParameter, ties_in
 
 __all__ = ["TiedEnds"]
 

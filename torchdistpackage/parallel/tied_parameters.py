@@ -33,8 +33,8 @@ from torchdistpackage.parallel.tied_ends import TiedEnds
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.schedule import Placement
-from torchdistpackage.split.names import TiedParameter, ties_in
 from torchdistpackage.split.pipe import stages_in_use
+from torchdistpackage.split.ties import TiedParameter, ties_in
 from torchdistpackage.topology import tpc
 from torchdistpackage.topology.exchange import gather_json
 

@@ -1,31 +1,33 @@
 """MODEL -> STAGES: several doors, one product, and one place that decides where to cut.
 
-===================  =============================================================================
-`boundaries.py`      costs -> cut points; the only layer-distribution code, without torch
-`constraints.py`     what cuts must keep to: pins, forbidden places, memory, bytes sent
-`constrained.py`     the best cut among those that keep to it
-`layout_string.py`   Megatron-LM's layout strings -> cut points
-`cost.py`            a row of layers -> parameters, FLOPs, measured time, bytes at the cuts
-`calls.py`           one call of anything -> seconds there and back, FLOPs, saved activations
-`report.py`          the table of a split
-`sequential.py`      a list of layers -> a row -> one stage's slice of it
-`execution_order.py` the list, found by tracing
-`traced.py`          any model -> stages, by tracing: `split` and `pipeline`
-`tracer.py`          the forward as a graph of whole modules; `symbols.py`, `operations.py`, `recordable.py`,
-                     `recording.py`, `marks.py`, `patches.py`, `type_answers.py` and `untraceable.py` serve it
-`unrepeatable.py`    what Python does in a forward and no recording holds: it is noticed, and not cut through
-`graph.py`           the graph as a row that can be cut: what crosses a cut, where none may be
-`cutting.py`         measures (`unit_costs.py`), cuts, opens what is too large to balance around
-`building.py`        the cut graph -> `Pipe` (`pipe.py`) of `TracedStage`s (`traced_stage.py`)
-`causal_lm.py`       decoder-only language models -> stages; `decoder/` is how, `causal_lm_names.py` counts and names
-`parts/`             the same, physically split over three parties: Bottom, Trunk and Top
-`pipeline_stage.py`  a stage with its place, for trainers
-`signature.py`       how a model is called and what it returns, flat and back
-`deferred_init.py`   a model that costs no memory, and later the values of a few stages, as if it had been built;
-                     `init_recorder.py`, `init_tape.py` and `places.py` serve it
-`names.py`           whole-model names of a stage's tensors; parameters that several stages share
-`model_tensors.py`   a model's tensors under these names, through wrappers, as this rank holds them
-===================  =============================================================================
+====================  ============================================================================
+`boundaries.py`       costs -> cut points; the only layer-distribution code, without torch
+`constraints.py`      what cuts must keep to: pins, forbidden places, memory, bytes sent
+`constrained.py`      the best cut among those that keep to it
+`layout_string.py`    Megatron-LM's layout strings -> cut points
+`cost.py`             a row of layers -> parameters, FLOPs, measured time, bytes at the cuts
+`calls.py`            one call of anything -> seconds there and back, FLOPs, saved activations
+`report.py`           the table of a split
+`sequential.py`       a list of layers -> a row -> one stage's slice of it
+`execution_order.py`  the list, found by tracing
+`traced.py`           any model -> stages, by tracing: `split` and `pipeline`
+`tracer.py`           the forward as a graph of whole modules; `symbols.py`, `operations.py`, `recordable.py`,
+                      `recording.py`, `marks.py`, `patches.py`, `type_answers.py` and `untraceable.py` serve it
+`exported.py`         the same graph out of `torch.export`, for what that tracer cannot record
+`unrepeatable.py`     what Python does in a forward and no recording holds: it is noticed, and not cut through
+`graph.py`            the graph as a row that can be cut: what crosses a cut, where none may be
+`cutting.py`          measures (`unit_costs.py`), cuts, opens what is too large to balance around
+`building.py`         the cut graph -> `Pipe` (`pipe.py`), made of `TracedStage` modules (`traced_stage.py`)
+`causal_lm.py`        decoder-only language models -> stages; `decoder/` is how, `causal_lm_names.py` counts and names
+`parts/`              the same, physically split over three parties: Bottom, Trunk and Top
+`pipeline_stage.py`   a stage with its place, for trainers
+`signature.py`        how a model is called and what it returns, flat and back
+`deferred_init.py`    a model that costs no memory, and later the values of a few stages, as if it had been built;
+                      `init_recorder.py`, `init_tape.py` and `places.py` serve it
+`names.py`            whole-model names of a stage's tensors; `whole_state.py` makes state dicts under them
+`ties.py`             parameters that several stages share
+`model_tensors.py`    a model's tensors under these names, through wrappers, as this rank holds them
+====================  ============================================================================
 
 The names below are loaded on first use (PEP 562), so that `boundaries` can be had without importing torch.
 """
@@ -67,15 +69,7 @@ if TYPE_CHECKING:
     from torchdistpackage.split.decoder.pretrained_saving import StageFiles, save_stage, write_index
     from torchdistpackage.split.deferred_init import RecordedInit, record_init
     from torchdistpackage.split.layout_string import layout_boundaries, parse_layout
-    from torchdistpackage.split.names import (
-        TiedParameter,
-        load_whole_model_state_dict,
-        shared_parameters,
-        ties_in,
-        ties_of,
-        whole_model_names,
-        whole_model_state_dict,
-    )
+    from torchdistpackage.split.names import whole_model_names
     from torchdistpackage.split.parts.base import BaseBottomModel, BaseTopModel, BaseTrunkModel
     from torchdistpackage.split.parts.factory import ModelFactory
     from torchdistpackage.split.parts.files import load_split_model
@@ -90,8 +84,10 @@ if TYPE_CHECKING:
         flatten_sequence,
         uniform_partition,
     )
+    from torchdistpackage.split.ties import TiedParameter, shared_parameters, ties_in, ties_of
     from torchdistpackage.split.traced import SplitPoint, pipe_split, pipeline, split
     from torchdistpackage.split.traced_stage import TracedStage
+    from torchdistpackage.split.whole_state import load_whole_model_state_dict, whole_model_state_dict
 
 _HOME = {
     "boundaries": (
@@ -109,10 +105,7 @@ _HOME = {
     "decoder.pretrained_saving": "StageFiles save_stage write_index",
     "deferred_init": "RecordedInit record_init",
     "layout_string": "layout_boundaries parse_layout",
-    "names": (
-        "TiedParameter load_whole_model_state_dict shared_parameters ties_in ties_of whole_model_names "
-        "whole_model_state_dict"
-    ),
+    "names": "whole_model_names",
     "parts.base": "BaseBottomModel BaseTopModel BaseTrunkModel",
     "parts.factory": "ModelFactory",
     "parts.files": "load_split_model",
@@ -121,8 +114,10 @@ _HOME = {
     "pipeline_stage": "PipelineStage",
     "report": "SplitReport StageRow",
     "sequential": "CallableModule balanced_partition flatten_model flatten_sequence uniform_partition",
+    "ties": "TiedParameter shared_parameters ties_in ties_of",
     "traced": "SplitPoint pipe_split pipeline split",
     "traced_stage": "TracedStage",
+    "whole_state": "load_whole_model_state_dict whole_model_state_dict",
 }
 _FILE = {name: file for file, names in _HOME.items() for name in names.split()}
 

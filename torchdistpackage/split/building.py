@@ -12,8 +12,8 @@ from torchdistpackage.errors import SplitError
 from torchdistpackage.split.calls import undisturbed
 from torchdistpackage.split.cutting import Cut, matched, record_as_is
 from torchdistpackage.split.graph import CutRow, Row
+from torchdistpackage.split.names import tensors_of
 from torchdistpackage.split.pipe import Pipe
-from torchdistpackage.split.recordable import named_tensors
 from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.signature import Calling, Example, Returning
 from torchdistpackage.split.traced_stage import Code, TracedStage, assemble, make_code, put
@@ -92,15 +92,15 @@ def _add_other_names(model: nn.Module, stages: list[TracedStage]) -> None:
     """
     taken = {name for stage in stages for name, _ in stage.named_modules(remove_duplicate=False)}
     for path, module in model.named_modules(remove_duplicate=False):
-        if path and path not in taken and any(True for _ in named_tensors(module)):
+        if path and path not in taken and any(True for _ in tensors_of(module)):
             for stage in stages:
                 if any(other is module for other in stage.modules()):
                     put(stage, model, path, module)
-    taken = {name for stage in stages for name, _ in named_tensors(stage)}
-    for path, tensor in named_tensors(model):
+    taken = {name for stage in stages for name, _ in tensors_of(stage)}
+    for path, tensor in tensors_of(model):
         if path not in taken:
             for stage in stages:
-                if any(other is tensor for _, other in named_tensors(stage)):
+                if any(other is tensor for _, other in tensors_of(stage)):
                     put(stage, model, path, tensor)
 
 

@@ -1,5 +1,7 @@
 """Decoder-only language models -> stages, for every family that transformers ships, and those that are built alike.
 
+::
+
     parts = split_causal_lm(model, num_stages=4, stages=[rank])
     logits = parts[3](parts[2](parts[1](parts[0](input_ids))))
 
@@ -23,9 +25,10 @@ from torchdistpackage.split.decoder.find import find_layout
 from torchdistpackage.split.decoder.part import make_part, unwrapped
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage
 from torchdistpackage.split.decoder.twin import make_twin
-from torchdistpackage.split.names import record_names, record_ties
+from torchdistpackage.split.names import record_names
 from torchdistpackage.split.pipe import put_in_use
 from torchdistpackage.split.pipeline_stage import PipelineStage
+from torchdistpackage.split.ties import record_ties
 from torchdistpackage.split.traced import SplitPoint, pipeline
 
 __all__ = [
@@ -48,6 +51,18 @@ class ModelSplitter(Protocol):
     Returns four values: the modules of all stages; those of this rank, the same objects; the stages of this rank, with
     their places; and None or a function that makes attention masks on each rank, out of the batch, so that they need
     not be sent.
+
+    Example:
+        >>> def halves(model, example_args, example_kwargs, stage_indices, train, device, rank, pp_group):
+        ...     layers = list(model)
+        ...     modules = [nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:])]
+        ...     mine = stage_indices[rank]
+        ...     stages = [PipelineStage(modules[index], index, len(modules), device, pp_group) for index in mine]
+        ...     return modules, [modules[index] for index in mine], stages, None
+        >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 1))
+        >>> _, _, (stage,), _ = halves(model, (), None, [(0,), (1,)], True, "cpu", 1, None)
+        >>> isinstance(halves, ModelSplitter), stage.is_last, len(stage.submod)
+        (True, True, 2)
     """
 
     def __call__(
@@ -179,7 +194,11 @@ def causal_lm_module_names(
         SplitError: As `split_causal_lm`.
 
     Example:
-        >>> names = causal_lm_module_names(model, 2)  # doctest: +SKIP
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=10
+        ... )
+        >>> causal_lm_module_names(LlamaForCausalLM(config), 2)
         [['model.embed_tokens', 'model.layers.0'], ['model.layers.1', 'model.norm', 'lm_head']]
     """
     layout = find_layout(model)
@@ -204,6 +223,18 @@ def new_cache(part: nn.Module) -> Any:
 
     Raises:
         SplitError: The model makes no cache that transformers knows.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=10)).eval()
+        >>> parts = split_causal_lm(model, 2)
+        >>> caches = {stage: new_cache(part) for stage, part in parts.items()}
+        >>> x = torch.tensor([[1, 2, 3]])
+        >>> for stage, part in parts.items():
+        ...     x = part(x, past_key_values=caches[stage])
+        >>> x.shape, caches[1].get_seq_length()
+        (torch.Size([1, 3, 10]), 3)
     """
     stage: Stage | None = vars(unwrapped(part)).get(STAGE)
     if stage is None:
@@ -227,7 +258,14 @@ def create_manual_causal_lm_splitter(
         A `ModelSplitter`. It refuses a model whose number of layers is not known, or not this one.
 
     Example:
-        >>> splitter = create_manual_causal_lm_splitter(input_weight=2)
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> splitter = create_manual_causal_lm_splitter(num_layers=4)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> _, (mine,), (stage,), _ = splitter(model, (ids,), None, [(0,), (1,)], True, "cpu", 1, None)
+        >>> stage.stage_index, list(mine.transformer.h)
+        (1, ['2', '3'])
     """
 
     def split_by_layers(
@@ -260,7 +298,12 @@ def create_automatic_splitter(split_spec: Mapping[str, SplitPoint | str]) -> Mod
         SplitError: A point is neither; a ValueError, too.
 
     Example:
-        >>> splitter = create_automatic_splitter({"model.layers.2": "beginning"})
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> splitter = create_automatic_splitter({"2": "beginning"})
+        >>> _, (mine,), _, masks = splitter(model, (torch.zeros(3, 2),), None, [(0,), (1,)], True, "cpu", 1, None)
+        >>> list(mine.state_dict()), masks
+        (['2.weight', '2.bias'], None)
     """
     points = {name: _point(name, point) for name, point in split_spec.items()}
 

@@ -46,6 +46,15 @@ class RecordedInit:
     Attributes:
         model: The whole model, on the meta device, or with weights where it had to be built for real.
         reason: Why it was built for real; None where it was recorded, or was there already.
+
+    Example:
+        >>> recorded = record_init(lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), seed=0)
+        >>> recorded.model[1].weight.device.type, recorded.reason
+        ('meta', None)
+        >>> recorded.fill([recorded.model[1]])  # one stage, with the values that the whole model would have
+        >>> _ = torch.manual_seed(0)
+        >>> bool((nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))[1].weight == recorded.model[1].weight).all())
+        True
     """
 
     def __init__(self, model: nn.Module, reason: str | None = None, record: _Record | None = None) -> None:

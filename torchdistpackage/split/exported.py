@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from torchdistpackage.split.names import tensors_of
 from torchdistpackage.split.operations import arguments_of, check_holds, outside, run_node
-from torchdistpackage.split.recordable import named_tensors, versions
+from torchdistpackage.split.recordable import versions
 from torchdistpackage.split.recording import Recording
 from torchdistpackage.split.signature import Example, bound_arguments
 from torchdistpackage.split.unrepeatable import as_they_were, unrepeated, watched
@@ -110,7 +111,7 @@ class _Replay:
 
     def __init__(self, model: nn.Module, module: fx.GraphModule, prefix: str) -> None:
         self._module, self._model, self._prefix = module, model, prefix
-        self._tensors = dict(named_tensors(model))
+        self._tensors = dict(tensors_of(model))
         self.graph, self.copied = fx.Graph(), dict[fx.Node, Any]()
         self.values, self.constants = dict[fx.Node, Any](), dict[str, Any]()
         self.changed = dict[fx.Node, tuple[fx.Node, ...]]()

@@ -1,5 +1,7 @@
 """The tensors of a model as they are on this rank: under whole-model names, without what wrappers put in between.
 
+::
+
     module.layer1._orig_mod.0.weight     ->     layer1.0.weight           DDP( layer1 = torch.compile(...) )
 
 Layers that `flatten_model` or another splitter made know their names (`names.py`); other modules are called as in
@@ -15,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchdistpackage.errors import CheckpointError, SplitError
-from torchdistpackage.split.names import whole_model_state_dict
+from torchdistpackage.split.whole_state import whole_model_state_dict
 
-__all__ = ["is_dtensor", "is_fully_sharded", "local_tensor", "named_tensors"]
+__all__ = ["is_dtensor", "is_fully_sharded", "local_tensor", "named_tensors", "whole_tensor"]
 
 # Class of a wrapper -> where it keeps the module. By name: to import torch._dynamo, say, takes a second.
 _WRAPPERS = {
@@ -51,6 +53,17 @@ def local_tensor(tensor: Any) -> Tensor:
         [1.0, 1.0]
     """
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """A DTensor, gathered from all ranks that have a part of it, which all call this; any other tensor itself.
+
+    Example:
+        >>> import torch
+        >>> whole_tensor(torch.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 from torchdistpackage.errors import SplitError
 from torchdistpackage.schedule.routing import Routed
-from torchdistpackage.split.names import record_names, record_ties, shared_parameters
+from torchdistpackage.split.names import record_names
+from torchdistpackage.split.ties import record_ties, shared_parameters
 from torchdistpackage.split.traced_stage import TracedStage
 
 __all__ = [
@@ -128,6 +129,13 @@ class PipeInfo:
         graph: The whole forward as it was recorded.
         num_stages: p.
         has_loss_and_backward: Always False: the loss is computed by the user's `fwd_fn`.
+
+    Example:
+        >>> from torchdistpackage.split import split
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> info = split(model, torch.zeros(3, 4), 2, costs="flops").info()
+        >>> info.num_stages, [node.name for node in info.graph.nodes if node.op == "call_module"]
+        (2, ['_0', '_1', '_2'])
     """
 
     graph: fx.Graph
@@ -170,7 +178,7 @@ class Pipe:
 
     @property
     def num_stages(self) -> int:
-        """P."""
+        """How many stages there are."""
         return len(self._stages)
 
     def get_stage_module(self, stage: int) -> TracedStage:

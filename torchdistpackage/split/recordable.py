@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import SplitError
+from torchdistpackage.split.names import tensors_of
 from torchdistpackage.split.operations import ASKS_FOR_GRADIENTS
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "has_name",
     "is_plain_sequence",
     "may_write",
-    "named_tensors",
     "same_objects",
     "versions",
 ]
@@ -63,7 +63,7 @@ def check_recordable(model: nn.Module) -> None:
             f"{type(model).__name__} itself has hooks, and no stage runs the whole forward: register them on its "
             "submodules, or put the model into a module without hooks and split that one"
         )
-    if lazy := [name for name, tensor in named_tensors(model) if is_lazy(tensor)]:
+    if lazy := [name for name, tensor in tensors_of(model) if is_lazy(tensor)]:
         raise SplitError(f"{lazy[0]} has no shape yet: call the model once before it is split")
 
 
@@ -77,12 +77,6 @@ def is_plain_sequence(module: nn.Module) -> bool:
     """Whether running its members in turn is all that the module does."""
     own = "forward" in vars(module)
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not own
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, under all their names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def versions(value: Any) -> list[int]:

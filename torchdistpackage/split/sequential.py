@@ -22,8 +22,9 @@ from torch import nn
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split.boundaries import balanced_boundaries, uniform_boundaries
 from torchdistpackage.split.cost import CostName, layer_costs
-from torchdistpackage.split.names import record_names, record_ties
+from torchdistpackage.split.names import record_names
 from torchdistpackage.split.signature import Example
+from torchdistpackage.split.ties import record_ties
 from torchdistpackage.split.untraceable import refusals
 
 __all__ = [

@@ -1,5 +1,7 @@
 """The front door: any model whose forward can be recorded, cut where the user says or where measurement says.
 
+::
+
     pipe = split(model, images, num_stages=4)            # cuts by measured time
     pipe = pipeline(model, (images,), split_spec={"layer3": SplitPoint.BEGINNING})
     stage = pipe.get_stage_module(rank)                  # an ordinary module with the model's own names

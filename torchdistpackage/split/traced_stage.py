@@ -107,6 +107,14 @@ class TracedStage(nn.Module):
         index: Global index of the stage.
         num_stages: How many there are.
         kind: Name of the model's class.
+
+    Example:
+        >>> from torchdistpackage.split import split
+        >>> model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(3, 4)
+        >>> pipe = split(model, x, 2, costs="flops")
+        >>> first, last = pipe.get_stage_module(0), pipe.get_stage_module(1)
+        >>> torch.equal(last(first(x)), model(x)), list(last.state_dict()), last.get_submodule("2") is model[2]
+        (True, ['2.weight', '2.bias'], True)
     """
 
     def __init__(self, index: int, num_stages: int, kind: str) -> None:

@@ -29,6 +29,7 @@ from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.split.marks import listening, pipe_split
+from torchdistpackage.split.names import tensors_of
 from torchdistpackage.split.operations import arguments_of, call_object, check_same, outside, run_node, same
 from torchdistpackage.split.patches import opaque_functions, recorded_factories
 from torchdistpackage.split.recordable import (
@@ -38,7 +39,6 @@ from torchdistpackage.split.recordable import (
     has_name,
     is_plain_sequence,
     may_write,
-    named_tensors,
     same_objects,
     versions,
 )
@@ -87,7 +87,7 @@ def record(
         model: Is left as it is, except for what its own forward changes (buffers).
         example: What to call it with; without one every argument that has no default is a symbol without a value.
         opened: Names of modules whose forward is to be recorded, too; those around them are opened as well.
-        closed: Names of modules that stay nodes even if they are plain `nn.Sequential`s.
+        closed: Names of modules that stay nodes even if they are plain `nn.Sequential` modules.
         leaf_functions: Python functions that stay nodes.
         marks_at: Name of a module -> "beginning" or "end": where marks are put, as `pipe_split` would.
         prefix: Of the names of constants.
@@ -120,7 +120,7 @@ class _Recorder(fx.Tracer):
         names = [*opened, *(name.rpartition(".")[0] for name in marks_at)]
         self._opened = {name.rsplit(".", up)[0] for name in names for up in range(name.count(".") + 1)}
         self._closed = set(closed) - self._opened
-        self._by_name: dict[str, Any] = dict(named_tensors(model))
+        self._by_name: dict[str, Any] = dict(tensors_of(model))
         self._tensors = {id(tensor): name for name, tensor in reversed(self._by_name.items())}
         self._attributes: dict[str, Any] = {}
         self._thread = threading.get_ident()
@@ -133,13 +133,13 @@ class _Recorder(fx.Tracer):
         self._failed: Exception | None = None  # of an operation
         self._contents: dict[int, tuple[nn.Parameter, Tensor]] = {}  # of parameters that the forward writes into
         self._usual = outside()
-        self._meta = any(tensor.is_meta for _, tensor in named_tensors(model))
+        self._meta = any(tensor.is_meta for _, tensor in tensors_of(model))
         self.values: dict[fx.Node, Any] = {}
         self.changed: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.constants: dict[str, Any] = {}
 
     def run(self) -> Recording:
-        """Records."""
+        """Records; raises `Untraceable`."""
         check_recordable(self._model)
         try:
             with (
@@ -196,7 +196,12 @@ class _Recorder(fx.Tracer):
         return self.values.get(value.node, UNKNOWN) if isinstance(value, fx.Proxy) else value
 
     def look(self, symbol: Symbol, kind: Callable[[Any], Any]) -> Any:
-        """Python wants to know a number. Later runs check that it is the same."""
+        """Python wants to know a number. Later runs check that it is the same.
+
+        Raises:
+            TraceError: It is not known without an example.
+            LooksAtNumbers: It depends on the numbers in a tensor.
+        """
         value = self.value_of(symbol)
         where = line_of_model()
         if value is UNKNOWN:
@@ -342,7 +347,7 @@ class _Recorder(fx.Tracer):
         module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
         buffers = [] if module is None else list(module.buffers())
         held = [] if module is None else [(dict(vars(m)), dict(m._buffers)) for m in module.modules()]
-        node.meta["tensors"] = {id(tensor) for _, tensor in named_tensors(module)} if module is not None else ()
+        node.meta["tensors"] = {id(tensor) for _, tensor in tensors_of(module)} if module is not None else ()
         node.meta["trains"] = module is not None and any(p.requires_grad for p in module.parameters())
         statistics = versions(buffers)
         args, kwargs = arguments_of(node, self.values)

@@ -55,6 +55,9 @@ def watched(
         is_quiet: Says when they may: a module that stays whole is running.
         value_of: What a symbol stands for: `self.count += 1` sets the tensor that is there already.
         tensors: Whether to stop for tensors as well; torch.export looks after them itself.
+
+    Raises:
+        Unrepeatable: In the forward, at that line.
     """
     names = {id(module): name for name, module in model.named_modules()}
     set_attribute = nn.Module.__setattr__
@@ -146,7 +149,11 @@ def as_they_were(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unrepeated(model: nn.Module) -> Iterator[Callable[[str], None]]:
-    """Inside, a check of what the forward of one module, named, has done: to its containers, and to random numbers."""
+    """Inside, a check of what the forward of one module, named, has done: to its containers, and to random numbers.
+
+    Raises:
+        Unrepeatable: In the check: it has done what no stage would do again.
+    """
     kept = {name: _containers(module) for name, module in model.named_modules()}
     state = _python_random()
 
@@ -227,6 +234,9 @@ def check_held(value: Any, model: nn.Module) -> None:
     """Stops for an object that holds values of the forward, and for a function that holds modules of the model.
 
     Such a function would run in a stage with symbols, or with modules that the stage does not have.
+
+    Raises:
+        TraceError: It is one.
     """
     function = isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
     for held in _held_by(value, 4):

@@ -34,7 +34,11 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def refusals(model: nn.Module) -> Iterator[None]:
-    """Says what to do about a forward that cannot be recorded."""
+    """Says what to do about a forward that cannot be recorded.
+
+    Raises:
+        SplitError: In the place of `Untraceable`.
+    """
     try:
         yield
     except Untraceable as error:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torchdistpackage.errors import PipelineError, TopologyError
 from torchdistpackage.parallel import clip_grad_norm_, generate
 from torchdistpackage.parallel.tied_parameters import ties
-from torchdistpackage.split.names import ties_of
+from torchdistpackage.split.ties import ties_of
 from torchdistpackage.topology import tpc
 from torchdistpackage.trainer import functional
 from torchdistpackage.trainer.auto_pipeline_config import AutoPipelineConfig, ParallelizeFnProtocol, PipelineInfo

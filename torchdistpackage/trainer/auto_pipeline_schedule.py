@@ -22,8 +22,8 @@ from torchdistpackage.parallel import forward_backward
 from torchdistpackage.parallel.batch_rows import rows_on_every_rank
 from torchdistpackage.parallel.step_plan import placement_of, resolve_plan
 from torchdistpackage.schedule import Plan, describe
-from torchdistpackage.split.names import ties_in
 from torchdistpackage.split.pipeline_stage import PipelineStage
+from torchdistpackage.split.ties import ties_in
 from torchdistpackage.trainer.batch_arguments import count_rows, cut_along_rows, restored
 
 __all__ = ["PipelineSchedule", "check_shared"]

@@ -30,9 +30,10 @@ from torchdistpackage.schedule import Placement
 from torchdistpackage.split.causal_lm import ModelSplitter
 from torchdistpackage.split.decoder.find import find_layout
 from torchdistpackage.split.deferred_init import RecordedInit, built, record_init
-from torchdistpackage.split.names import record_names, record_ties, whole_model_names
+from torchdistpackage.split.names import record_names, whole_model_names
 from torchdistpackage.split.pipe import put_in_use, stages_in_use
 from torchdistpackage.split.places import Place, places_of
+from torchdistpackage.split.ties import record_ties
 from torchdistpackage.trainer.splitting import (
     Balance,
     CutResult,

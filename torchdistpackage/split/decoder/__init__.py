@@ -13,21 +13,23 @@ that cost nothing, and the hidden state that arrives takes the place of the firs
 So masks, positions, scales, windows by layer type, soft caps and the order of operations are the authors' own, bit by
 bit, on every stage, and nothing about a family is written down here.
 
-==================  ==================================================================================
-`twin.py`           the model's structure on the meta device, without its weights
-`layout.py`         what is before, in and after the row
-`find.py`           model -> layout
-`dry_run.py`        one forward of the twin; `findings.py` says what follows from it
-`cuts.py`           where to cut the row
-`stand_in.py`       what takes the place of a layer or an embedding that is elsewhere
-`part.py`           the modules of one stage
-`stage_forward.py`  its forward
-`cache.py`          key-value caches that know how long the other stages' layers are
-`router.py`         the load-balancing loss of mixtures of experts, summed over stages
-`materialize.py`    memory and first values for stages on the meta device
-`pretrained.py`     stages from Hugging Face directories; `weight_files.py` reads them lazily
-`pretrained_saving.py`  and back
-==================  ==================================================================================
+=======================  ==================================================================================
+`twin.py`                the model's structure on the meta device, without its weights
+`layout.py`              what is before, in and after the row
+`find.py`                model -> layout
+`dry_run.py`             one forward of the twin; `findings.py` says what follows from it
+`cuts.py`                where to cut the row
+`stand_in.py`            what takes the place of a layer or an embedding that is elsewhere
+`part.py`                the modules of one stage
+`stage_forward.py`       its forward
+`cache.py`               key-value caches that know how long the other stages' layers are
+`router.py`              the load-balancing loss of mixtures of experts, summed over stages
+`materialize.py`         memory and first values for stages on the meta device
+`filling.py`             or their weights, by transformers' own loader
+`pretrained.py`          stages from Hugging Face directories; `weight_files.py` reads them lazily
+`pretrained_saving.py`   and back
+`needed_tensors.py`      which tensors of a checkpoint a stage would read; `safetensors_header.py` knows where they are
+=======================  ==================================================================================
 
 `split/causal_lm.py` is the door.
 """

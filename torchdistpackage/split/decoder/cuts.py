@@ -19,7 +19,11 @@ __all__ = ["cuts_of_names", "cuts_of_points", "cuts_of_weights"]
 def cuts_of_weights(
     layout: DecoderLayout, num_stages: int, input_weight: float, output_weight: float
 ) -> tuple[int, ...]:
-    """Cut points in the row; norm and head are not cut apart."""
+    """Cut points in the row; norm and head are not cut apart.
+
+    Raises:
+        SplitError: There are fewer layers than stages, or a weight is negative.
+    """
     layers = layout.num_layers
     if num_stages > layers:
         raise SplitError(
@@ -46,7 +50,11 @@ def cuts_of_weights(
 
 
 def cuts_of_points(layout: DecoderLayout, num_stages: int, cut_points: Sequence[int]) -> tuple[int, ...]:
-    """Cut points of the layers at which the stages after the first begin; each must hold a layer."""
+    """Cut points of the layers at which the stages after the first begin; each must hold a layer.
+
+    Raises:
+        SplitError: There are not as many as stages after the first, or they do not ascend within the layers.
+    """
     points, layers = [operator.index(point) for point in cut_points], layout.num_layers
     if len(points) != num_stages - 1:
         raise SplitError(
@@ -63,7 +71,11 @@ def cuts_of_points(layout: DecoderLayout, num_stages: int, cut_points: Sequence[
 def cuts_of_names(
     model: nn.Module, layout: DecoderLayout, num_stages: int, module_names: Sequence[Sequence[str]]
 ) -> tuple[int, ...]:
-    """Cut points of explicit lists, which must name every module with parameters once and in order."""
+    """Cut points of explicit lists, which must name every module with parameters once and in order.
+
+    Raises:
+        SplitError: A name is missing, unknown, given twice or out of order.
+    """
     if len(module_names) != num_stages:
         raise SplitError(f"module_names has {len(module_names)} lists for {num_stages} stages")
     known = {name for name, _ in model.named_modules()}

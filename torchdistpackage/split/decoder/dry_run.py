@@ -88,7 +88,11 @@ def ids_name(model: nn.Module) -> str:
 
 
 def model_output(result: Any) -> Tensor:
-    """The logits in what a model returns."""
+    """The logits in what a model returns.
+
+    Raises:
+        SplitError: There are none.
+    """
     if isinstance(result, Tensor):
         return result
     logits = getattr(result, "logits", None)

@@ -18,7 +18,7 @@ from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.decoder.part import filled_in
 from torchdistpackage.split.decoder.weight_files import listed
 
-__all__ = ["GivenTensors", "WeightSource", "fill_stage"]
+__all__ = ["GivenTensors", "WeightSource", "fill_stage", "without_progress_bars"]
 
 _logger = logging.getLogger(__name__)
 
@@ -160,6 +160,21 @@ def _with_all_filled_in(part: nn.Module) -> Iterator[None]:
     finally:
         for owner in owners:
             del vars(owner)["_init_weights"]
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keeps transformers from drawing one for each part that is loaded or written."""
+    from transformers.utils import logging as bars
+
+    switch: Any = bars
+    shown = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            switch.enable_progress_bar()
 
 
 @contextmanager

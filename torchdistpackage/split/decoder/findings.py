@@ -50,7 +50,11 @@ class Call:
 
     @property
     def hidden(self) -> Tensor:
-        """The hidden state among the arguments."""
+        """The hidden state among the arguments.
+
+        Raises:
+            SplitError: What stands in its place is no tensor.
+        """
         key = hidden_key(self.args, self.kwargs)
         found = self.args[key] if isinstance(key, int) else self.kwargs[key]
         if not isinstance(found, Tensor):

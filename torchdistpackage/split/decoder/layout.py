@@ -176,7 +176,11 @@ def layout_by_order(model: nn.Module, skeleton: Skeleton) -> DecoderLayout:
 
 
 def hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ArgumentKey:
-    """Where a call of an element of the row has the hidden state: in front, or under one of the usual names."""
+    """Where a call of an element of the row has the hidden state: in front, or under one of the usual names.
+
+    Raises:
+        SplitError: The call has no arguments.
+    """
     if args:
         return 0
     found = next((name for name in _HIDDEN if name in kwargs), None) or next(iter(kwargs), None)

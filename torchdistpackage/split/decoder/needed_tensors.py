@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from torchdistpackage.errors import CheckpointError
-from torchdistpackage.split.decoder.filling import fill_stage
+from torchdistpackage.split.decoder.filling import fill_stage, without_progress_bars
 from torchdistpackage.split.decoder.safetensors_header import TensorEntry
 
 __all__ = ["dtype_in_files", "needed_tensors", "quiet", "torch_dtype"]
@@ -99,10 +99,20 @@ def needed_tensors(
         CheckpointError: Tensors are missing or of another shape.
 
     Example:
-        >>> whole = without_weights(config, torch.bfloat16)  # doctest: +SKIP
-        >>> part = split_causal_lm(whole, 3, [2], cut_points=[1, 3])[2]  # doctest: +SKIP
-        >>> sorted(needed_tensors(part, whole, tensors, torch.bfloat16))  # doctest: +SKIP
-        ['lm_head.weight', 'model.layers.3.input_layernorm.weight', ...]
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> model.save_pretrained(home.name)
+        >>> from torchdistpackage.split import split_causal_lm
+        >>> from torchdistpackage.split.decoder.pretrained import without_weights
+        >>> from torchdistpackage.split.decoder.safetensors_header import read_header
+        >>> tensors = read_header(f"{home.name}/model.safetensors").tensors
+        >>> whole = without_weights(model.config)
+        >>> part = split_causal_lm(whole, 2, [1])[1]
+        >>> needed = needed_tensors(part, whole, tensors, torch.float32)
+        >>> len(tensors), len(needed), "transformer.wte.weight" in needed  # the head is tied to it
+        (52, 27, True)
     """
     source = _Headers(tensors, name)
     for step in _FIRST_VALUES:  # what is missing is named afterwards, and must not take memory before
@@ -115,19 +125,13 @@ def needed_tensors(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps transformers from saying that weights are loaded or written, and which ones a stage does not know."""
-    from transformers.utils import logging as bars
-
-    switch: Any = bars
-    shown = switch.is_progress_bar_enabled()
     logger = logging.getLogger(fill_stage.__module__)
     logger.addFilter(_nothing)
-    switch.disable_progress_bar()
     try:
-        yield
+        with without_progress_bars():
+            yield
     finally:
         logger.removeFilter(_nothing)
-        if shown:
-            switch.enable_progress_bar()
 
 
 def _nothing(record: logging.LogRecord) -> bool:

@@ -78,8 +78,14 @@ def load_stages(
         ModuleNotFoundError: transformers or safetensors is not installed; the message names the extra.
 
     Example:
-        >>> parts = load_stages("Qwen/Qwen3-8B", 4, [2])  # doctest: +SKIP
-        >>> parts[2].model.layers  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> model.save_pretrained(home.name)
+        >>> part = load_stages(home.name, 2, [1])[1]
+        >>> list(part.transformer.h), torch.equal(part.lm_head.weight, model.lm_head.weight)
+        (['2', '3'], True)
     """
     need_transformers()
     source = os.fspath(directory)

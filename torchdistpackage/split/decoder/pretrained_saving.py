@@ -26,13 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.decoder.part import shallow_copy, unwrapped
+from torchdistpackage.split.decoder.safetensors_header import read_header
 from torchdistpackage.split.decoder.weight_files import INDEX, SINGLE, listed, need_transformers
-from torchdistpackage.split.names import ties_in
+from torchdistpackage.split.model_tensors import whole_tensor
+from torchdistpackage.split.ties import ties_in
 
 __all__ = ["StageFiles", "save_stage", "write_index"]
 
@@ -47,6 +48,16 @@ class StageFiles:
         folder: Where the files are until `write_index` puts them in place, below the directory.
         weight_map: Name of each tensor on disk -> its file.
         total_size: Bytes of all tensors.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> from torchdistpackage.split import split_causal_lm
+        >>> piece = save_stage(split_causal_lm(model, 2, [1])[1], home.name, 1, 2)
+        >>> piece.folder, piece.weight_map["transformer.ln_f.bias"], piece.total_size
+        ('stage-1-of-2.unfinished', 'model-stage1-00001-of-00001.safetensors', 7040)
     """
 
     stage: int
@@ -85,8 +96,15 @@ def save_stage(
         CheckpointError: The part is not a model of transformers, or the directory is a file.
 
     Example:
-        >>> pieces = [save_stage(part, "tuned", stage, 4) for stage, part in parts.items()]  # doctest: +SKIP
-        >>> write_index("tuned", pieces)  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> from torchdistpackage.split import split_causal_lm
+        >>> parts = split_causal_lm(model, 2)  # in training each process has its own stages only
+        >>> pieces = [save_stage(part, home.name, stage, 2) for stage, part in parts.items()]
+        >>> sorted(path.name for path in Path(home.name).iterdir())
+        ['stage-0-of-2.unfinished', 'stage-1-of-2.unfinished']
     """
     need_transformers()
     model: Any = unwrapped(part)
@@ -96,7 +114,7 @@ def save_stage(
         raise CheckpointError(f"{os.fspath(directory)} is a file; give a directory")
     folder = Path(directory, f"stage-{stage}-of-{num_stages}.unfinished")
     elsewhere = {name for name, tie in ties_in(model).items() if stage != tie.stages[0]}
-    state = {name: _whole(tensor) for name, tensor in model.state_dict().items() if name not in elsewhere}
+    state = {name: whole_tensor(tensor) for name, tensor in model.state_dict().items() if name not in elsewhere}
     if not writes:
         return None
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
@@ -107,13 +125,6 @@ def save_stage(
     if state and not files.weight_map:
         raise CheckpointError(f"stage {stage} has {len(state)} tensors, and transformers wrote none into {folder}")
     return files
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is spread over replicas, gathered from all of them."""
-    gather: Any = getattr(tensor, "full_tensor", None)
-    whole: torch.Tensor = tensor if gather is None else gather()
-    return whole
 
 
 def write_index(directory: str | os.PathLike[str], pieces: Sequence[StageFiles]) -> None:
@@ -131,8 +142,16 @@ def write_index(directory: str | os.PathLike[str], pieces: Sequence[StageFiles])
             changed.
 
     Example:
-        >>> write_index("tuned", pieces)  # doctest: +SKIP
-        >>> AutoModelForCausalLM.from_pretrained("tuned")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> from torchdistpackage.split import split_causal_lm
+        >>> parts = split_causal_lm(model, 2)
+        >>> write_index(home.name, [save_stage(part, home.name, stage, 2) for stage, part in parts.items()])
+        >>> loaded = AutoModelForCausalLM.from_pretrained(home.name).state_dict()
+        >>> all(bool((value == loaded[name]).all()) for name, value in model.state_dict().items())
+        True
     """
     home = Path(directory)
     pieces = sorted(pieces, key=lambda piece: piece.stage)
@@ -160,17 +179,14 @@ def write_index(directory: str | os.PathLike[str], pieces: Sequence[StageFiles])
 
 def _renamed(folder: Path, stage: int, num_stages: int) -> StageFiles:
     """Gives the shards of a folder the stage's names; they match what `save_pretrained` clears away later."""
-    from safetensors import safe_open
-
     shards = sorted(folder.glob("*.safetensors"))
     weight_map: dict[str, str] = {}
     size = 0
     for number, shard in enumerate(shards, 1):
         file = f"model-stage{stage}-{number:05d}-of-{len(shards):05d}.safetensors"
-        with safe_open(shard, framework="pt") as tensors:
-            weight_map.update(dict.fromkeys(tensors.keys(), file))
-        with shard.open("rb") as opened:  # a file is 8 bytes, that many bytes of header, and the tensors
-            size += shard.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+        header = read_header(shard)
+        weight_map.update(dict.fromkeys(header.tensors, file))
+        size += header.num_tensor_bytes
         shard.rename(folder / file)
     (folder / INDEX).unlink(missing_ok=True)
     return StageFiles(stage, num_stages, folder.name, weight_map, size)

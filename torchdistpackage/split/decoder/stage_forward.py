@@ -133,6 +133,9 @@ def run_stage(part: Any, x: Any, kwargs: dict[str, Any]) -> Any:
 
     Returns:
         What the next stage takes, or a `LastOutput`.
+
+    Raises:
+        PipelineError: See `stage_forward`.
     """
     stage: Stage = vars(part)[STAGE]
     _check_containers(part, stage)

@@ -9,9 +9,9 @@
     model-00002-of-00003.safetensors    so files that hold nothing for this stage may be absent
     model-00003-of-00003.safetensors
 
-The loader of transformers is handed a dict of `LazyTensor`s: it renames and converts by name, and reads what it needs
-by `tensor[...]`, as it does with safetensors' own slices. What cannot be read is remembered here with its file, because
-the loader would stop at the first, with a stack trace. `pretrained.py` is the user.
+The loader of transformers is handed a `LazyTensor` for each name: it renames and converts by name, and reads what it
+needs by `tensor[...]`, as it does with safetensors' own slices. What cannot be read is remembered here with its file,
+because the loader would stop at the first, with a stack trace. `pretrained.py` is the user.
 """
 
 from __future__ import annotations
@@ -153,7 +153,12 @@ class LazyTensor:
 
 
 def need_transformers() -> None:
-    """Says which extra to install where transformers or safetensors is not there, or too old."""
+    """Says what to install where transformers or safetensors is not there, or too old.
+
+    Raises:
+        ModuleNotFoundError: One is not installed; the message names the extra.
+        CheckpointError: transformers is older than version 5.
+    """
     try:
         import safetensors  # noqa: F401
         import transformers
@@ -169,7 +174,11 @@ def need_transformers() -> None:
 
 
 def find(source: str, file: str) -> str | None:
-    """Path of a file of a directory, or of a model on the hub or in its cache; None when it is not there."""
+    """Path of a file of a directory, or of a model on the hub or in its cache; None when it is not there.
+
+    Raises:
+        CheckpointError: The source is neither a directory nor a model that can be had.
+    """
     if os.path.isdir(source):
         path = os.path.join(source, file)
         return path if os.path.isfile(path) else None

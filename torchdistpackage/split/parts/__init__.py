@@ -1,5 +1,7 @@
 """A language model physically split over parties: Bottom, Trunk and Top, each with its own weights and nothing else.
 
+::
+
     bottom, trunk, top = ModelFactory.create_split_models("gpt2", "gpt2", split_point_1=2, split_point_2=10)
     logits = top(trunk(bottom(input_ids))).logits
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
         CausalLMTrunkModel,
         share_tied_weights,
     )
+    from torchdistpackage.split.parts.checkpoint_split import PartFile, split_checkpoint, verify_part
     from torchdistpackage.split.parts.devices import place_parts
     from torchdistpackage.split.parts.factory import ModelFactory
     from torchdistpackage.split.parts.files import load_split_model
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 _HOME = {
     "base": "BaseBottomModel BaseSplitModel BaseTopModel BaseTrunkModel",
     "causal_lm": "CausalLMBottomModel CausalLMTopModel CausalLMTrunkModel share_tied_weights",
+    "checkpoint_split": "PartFile split_checkpoint verify_part",
     "devices": "place_parts",
     "factory": "ModelFactory",
     "files": "load_split_model",
@@ -72,12 +76,15 @@ __all__ = [
     "GemmaTrunkModel",
     "ModelFactory",
     "ModelRegistry",
+    "PartFile",
     "Qwen2BottomModel",
     "Qwen2TopModel",
     "Qwen2TrunkModel",
     "load_split_model",
     "place_parts",
     "share_tied_weights",
+    "split_checkpoint",
+    "verify_part",
 ]
 
 

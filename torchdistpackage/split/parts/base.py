@@ -55,6 +55,16 @@ class BaseSplitModel(nn.Module, ABC):
 
     Raises:
         SplitError: It would hold no layer, or one that the model does not have.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> from torchdistpackage.split.parts import GPT2TrunkModel
+        >>> config = GPT2Config(n_embd=8, n_layer=6, n_head=2, vocab_size=10)
+        >>> trunk = GPT2TrunkModel(config, start_layer=1, end_layer=4)
+        >>> isinstance(trunk, BaseSplitModel), trunk.component, trunk.num_layers
+        (True, 'trunk', 3)
+        >>> trunk.num_parameters(), round(trunk.memory_footprint_mb(), 3)
+        (2616, 0.01)
     """
 
     component: ClassVar[str] = ""
@@ -130,8 +140,7 @@ class BaseSplitModel(nn.Module, ABC):
         Raises:
             CheckpointError: The files cannot be written, or the part is on the meta device.
 
-        Example:
-            >>> bottom.save_split_model("parts/bottom.safetensors")  # doctest: +SKIP
+        Example: see `torchdistpackage.split.parts.load_split_model`.
         """
         from torchdistpackage.split.parts.files import save_part
 
@@ -158,8 +167,7 @@ class BaseSplitModel(nn.Module, ABC):
             CheckpointError: Files are missing or broken, or hold a part of another class.
             SplitError: There is no such device or type.
 
-        Example:
-            >>> bottom = GPT2BottomModel.load_split_model("parts/bottom.safetensors")  # doctest: +SKIP
+        Example: see `torchdistpackage.split.parts.load_split_model`.
         """
         from torchdistpackage.split.parts.files import load_part
 
@@ -200,6 +208,15 @@ class BaseBottomModel(BaseSplitModel):
     Args:
         config: Of the whole model.
         end_layer: The number of its layers.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> from torchdistpackage.split.parts import GPT2BottomModel
+        >>> config = GPT2Config(n_embd=8, n_layer=6, n_head=2, vocab_size=10)
+        >>> bottom = GPT2BottomModel(config, end_layer=2)
+        >>> hidden, cache = bottom(torch.tensor([[1, 2, 3]]), use_cache=True)
+        >>> bottom(torch.tensor([[4]]), past_key_values=cache).shape, cache.get_seq_length()
+        (torch.Size([1, 1, 8]), 4)
     """
 
     component = "bottom"
@@ -249,12 +266,33 @@ class BaseBottomModel(BaseSplitModel):
 
 
 class BaseTrunkModel(BaseSplitModel):
-    """Layers from the middle; a hidden state goes in.
+    r"""Layers from the middle; a hidden state goes in.
 
     Args:
         config: Of the whole model.
         start_layer: Index of its first layer.
         end_layer: The index after its last one.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class MyTrunk(BaseTrunkModel):  # of a family that the library does not know
+        ...     def __init__(self, config, start_layer, end_layer):
+        ...         super().__init__(config, start_layer, end_layer)
+        ...         self.h = nn.ModuleDict({str(n): nn.Linear(2, 2) for n in range(start_layer, end_layer)})
+        ...     def get_transformer_blocks(self):
+        ...         return self.h.values()
+        ...     def prepare_attention_mask(self, attention_mask, hidden_states):
+        ...         return None
+        ...     def get_layer_name_pattern(self):
+        ...         return r"h\.[0-9]+"
+        ...     @classmethod
+        ...     def from_pretrained_split(cls, full_state_dict, config, start_layer, end_layer):
+        ...         part = cls(config, start_layer, end_layer)
+        ...         part.load_state_dict({name: full_state_dict[name] for name in part.state_dict()})
+        ...         return part
+        >>> trunk = MyTrunk(SimpleNamespace(num_hidden_layers=6), 2, 5)
+        >>> trunk(torch.zeros(1, 3, 2)).shape, list(trunk.state_dict())[0]
+        (torch.Size([1, 3, 2]), 'h.2.weight')
     """
 
     component = "trunk"
@@ -292,6 +330,14 @@ class BaseTopModel(BaseSplitModel):
     Args:
         config: Of the whole model.
         start_layer: Index of its first layer.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> from torchdistpackage.split.parts import GPT2TopModel
+        >>> top = GPT2TopModel(GPT2Config(n_embd=8, n_layer=6, n_head=2, vocab_size=10), start_layer=4)
+        >>> out = top(torch.zeros(1, 3, 8), labels=torch.tensor([[1, 2, 3]]))
+        >>> out.logits.shape, out.loss.shape
+        (torch.Size([1, 3, 10]), torch.Size([]))
     """
 
     component = "top"

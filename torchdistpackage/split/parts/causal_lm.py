@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split.decoder.stage_forward import LastOutput
 from torchdistpackage.split.decoder.stand_in import Called, shown
-from torchdistpackage.split.names import ties_in
 from torchdistpackage.split.parts.base import BaseBottomModel, BaseTopModel, BaseTrunkModel
 from torchdistpackage.split.parts.configuration import num_layers_of
 from torchdistpackage.split.parts.held_stage import CausalLMPart
 from torchdistpackage.split.parts.registry import GENERIC, ModelRegistry
+from torchdistpackage.split.ties import ties_in
 
 __all__ = ["CausalLMBottomModel", "CausalLMTopModel", "CausalLMTrunkModel", "share_tied_weights"]
 
@@ -140,6 +140,15 @@ class CausalLMTrunkModel(CausalLMPart, BaseTrunkModel):
 
     Raises:
         SplitError: The model cannot be cut so.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(
+        ...     hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2, vocab_size=10
+        ... )
+        >>> trunk = CausalLMTrunkModel(config, start_layer=1, end_layer=3)
+        >>> trunk(torch.zeros(1, 3, 8)).shape, len(trunk.get_transformer_blocks())
+        (torch.Size([1, 3, 8]), 2)
     """
 
     def __init__(self, config: Any, start_layer: int, end_layer: int, *, stage: nn.Module | None = None) -> None:
@@ -187,6 +196,15 @@ class CausalLMTopModel(CausalLMPart, BaseTopModel):
 
     Raises:
         SplitError: The model cannot be cut so.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(
+        ...     hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2, vocab_size=10
+        ... )
+        >>> top = CausalLMTopModel(config, start_layer=3)
+        >>> top(torch.zeros(1, 3, 8)).logits.shape, type(top.get_final_norm()).__name__
+        (torch.Size([1, 3, 10]), 'LlamaRMSNorm')
     """
 
     def __init__(self, config: Any, start_layer: int, *, stage: nn.Module | None = None) -> None:
@@ -263,8 +281,13 @@ def share_tied_weights(bottom: nn.Module, top: nn.Module) -> list[str]:
         SplitError: The two are on different devices, or their copies are of different shapes.
 
     Example:
-        >>> share_tied_weights(bottom, top)  # doctest: +SKIP
+        >>> from transformers import GPT2Config  # its head is its embedding
+        >>> config = GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10)
+        >>> bottom, top = CausalLMBottomModel(config, 1), CausalLMTopModel(config, 3)
+        >>> share_tied_weights(bottom, top)
         ['lm_head.weight']
+        >>> top.get_lm_head().weight is bottom.get_embeddings().weight
+        True
     """
     kept = {tie.names: tie.parameter for tie in ties_in(bottom).values()}
     shared: list[str] = []

@@ -108,9 +108,13 @@ def plan_split(
         ModuleNotFoundError: transformers or safetensors is not installed; the message names the extra.
 
     Example:
-        >>> plan = plan_split("Llama-3.1-8B", [2, 30])  # doctest: +SKIP
-        >>> [part.num_bytes >> 20 for part in plan.parts]  # doctest: +SKIP
-        [1834, 11648, 1834]
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> model.save_pretrained(home.name)
+        >>> [(part.component, part.end_layer, part.num_bytes) for part in plan_split(home.name, [1, 3]).parts]
+        [('bottom', 1, 36576), ('trunk', 3, 6976), ('top', 4, 3872)]
     """
     need_transformers()
     points = _points(cut_points)

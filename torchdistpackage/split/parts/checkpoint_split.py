@@ -53,6 +53,8 @@ class PartFile:
         num_tensors: In the file.
         num_bytes: Of its tensors.
         resumed_bytes: Of those that an earlier run had written; equal to num_bytes if it had finished the part.
+
+    Example: see `split_checkpoint`, which returns three.
     """
 
     component: str
@@ -98,10 +100,17 @@ def split_checkpoint(
             file or is the checkpoint itself. The message names files and tensors.
 
     Example:
-        >>> parts = split_checkpoint("Llama-3.1-8B", [2, 30], "parts")  # doctest: +SKIP
-        >>> parts[0].path  # doctest: +SKIP
-        PosixPath('parts/bottom.safetensors')
-        >>> bottom = load_split_model("parts/bottom.safetensors")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> model.save_pretrained(f"{home.name}/model")
+        >>> parts = split_checkpoint(f"{home.name}/model", [1, 3], f"{home.name}/parts")
+        >>> [(part.path.name, part.num_tensors, part.resumed_bytes) for part in parts]
+        [('bottom.safetensors', 14, 0), ('trunk.safetensors', 24, 0), ('top.safetensors', 15, 0)]
+        >>> from torchdistpackage.split.parts import load_split_model
+        >>> load_split_model(parts[2].path).start_layer
+        3
     """
     plan = plan_split(directory, cut_points, trust_remote_code=trust_remote_code)
     return write_parts(plan, out, overwrite=overwrite, progress=progress)
@@ -122,7 +131,14 @@ def write_parts(
         CheckpointError: As `split_checkpoint`.
 
     Example:
-        >>> write_parts(plan_split("Llama-3.1-8B", [2, 30]), "parts")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> model.save_pretrained(f"{home.name}/model")
+        >>> plan = plan_split(f"{home.name}/model", [1, 3])
+        >>> [part.component for part in write_parts(plan, f"{home.name}/parts")]
+        ['bottom', 'trunk', 'top']
     """
     where = Path(out)
     present = _prepared(plan, where, overwrite)
@@ -180,7 +196,18 @@ def verify_part(path: str | os.PathLike[str]) -> None:
             tensors.
 
     Example:
-        >>> verify_part("parts/top.safetensors")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> model.save_pretrained(f"{home.name}/model")
+        >>> top = split_checkpoint(f"{home.name}/model", [1, 3], f"{home.name}/parts")[2].path
+        >>> verify_part(top)
+        >>> _ = top.write_bytes(top.read_bytes()[:-4] + b"torn")
+        >>> verify_part(top)
+        Traceback (most recent call last):
+        ...
+        torchdistpackage.errors.CheckpointError: ...top.safetensors is not what was written: ... of 15 tensors differ...
     """
     weights = Path(path)
     about = PartMetadata.read(metadata_path(weights))
@@ -288,9 +315,8 @@ def _write_part(part: PartPlan, plan: SplitPlan, where: Path, finished: bool, ad
     if not finished or _damaged(weights, PartMetadata.read(beside), lambda count: advance(2 * count)):
         was_finished = beside.exists()
         beside.unlink(missing_ok=True)
-        if (
-            was_finished and weights.exists()
-        ):  # damaged since: what is right is kept, but not the file, which some process may have mapped
+        if was_finished and weights.exists():
+            # Damaged since: what is right is kept, but not the file, which some process may have mapped.
             shutil.copyfile(weights, unfinished)
         elif weights.exists():  # killed before its metadata was written
             os.replace(weights, unfinished)

@@ -40,7 +40,19 @@ __all__ = ["ModelFactory"]
 
 @final
 class ModelFactory:
-    """Makes the parts of saved models."""
+    """Makes the parts of saved models.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> home = tempfile.TemporaryDirectory()
+        >>> model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10))
+        >>> model.save_pretrained(home.name)
+        >>> bottom, trunk, top = ModelFactory.create_split_models("gpt2", home.name, 1, 3)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> torch.equal(top(trunk(bottom(ids))).logits, model.eval()(ids).logits)
+        True
+    """
 
     @staticmethod
     def create_split_models(
@@ -95,9 +107,7 @@ class ModelFactory:
                 model is of another kind, or there is no such device; also a ValueError.
             CheckpointError: Files or tensors are missing or broken.
 
-        Example:
-            >>> bottom, trunk, top = ModelFactory.create_split_models("gpt2", "gpt2", 2, 10)  # doctest: +SKIP
-            >>> logits = top(trunk(bottom(input_ids))).logits  # doctest: +SKIP
+        Example: see `ModelFactory`.
         """
         need_transformers()
         wanted = _wanted(parts)
@@ -141,6 +151,10 @@ class ModelFactory:
         """The kinds of models that have a family of their own, and "causal_lm", which serves all others.
 
         Returned, not printed.
+
+        Example:
+            >>> {"causal_lm", "gpt2", "gemma", "qwen2"} <= {*ModelFactory.list_available_models()}
+            True
         """
         return ModelRegistry.list_supported_models()
 

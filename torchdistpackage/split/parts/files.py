@@ -1,5 +1,7 @@
 """A part to disk and back: safetensors, and a JSON file that says what they are.
 
+::
+
     bottom.safetensors      the tensors, under the names of the whole model
     bottom_metadata.json    written last: which layers of which model, its configuration, a checksum of each tensor
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.decoder.weight_files import WeightFiles, need_transformers
+from torchdistpackage.split.model_tensors import whole_tensor
 from torchdistpackage.split.parts.base import BaseSplitModel
 from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors, float_type
 from torchdistpackage.split.parts.configuration import layers_of, num_layers_of, settle_attention
@@ -57,13 +60,27 @@ def load_split_model(
         SplitError: There is no such device or type.
 
     Example:
-        >>> top = load_split_model("parts/top.safetensors", device="cuda")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from transformers import GPT2Config
+        >>> from torchdistpackage.split.parts import GPT2TopModel
+        >>> home = tempfile.TemporaryDirectory()
+        >>> top = GPT2TopModel(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10), start_layer=3)
+        >>> path = top.save_split_model(f"{home.name}/top")
+        >>> sorted(file.name for file in Path(home.name).iterdir())
+        ['top.safetensors', 'top_metadata.json']
+        >>> again = load_split_model(path, dtype="bfloat16", verify=True)
+        >>> type(again).__name__, again.start_layer, again.get_lm_head().weight.dtype
+        ('GPT2TopModel', 3, torch.bfloat16)
     """
     return load_part(path, None, device=device, dtype=dtype, verify=verify)
 
 
 def save_part(part: BaseSplitModel, save_path: str | os.PathLike[str], *, save_metadata: bool = True) -> Path:
-    """See `BaseSplitModel.save_split_model`."""
+    """See `BaseSplitModel.save_split_model`.
+
+    Raises:
+        CheckpointError: The files cannot be written, or the part is on the meta device.
+    """
     need_transformers()
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -104,6 +121,9 @@ def load_part(
         device: Where to.
         dtype: Of the floating tensors.
         verify: Whether to compare checksums first.
+
+    Raises:
+        CheckpointError: As `load_split_model`, or the part is of another class.
     """
     need_transformers()
     device, dtype = known_device(device), float_type(dtype)
@@ -137,9 +157,7 @@ def _own(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
     """A tensor on the CPU that shares no memory with the others, as the format wants it."""
     if tensor.is_meta:
         raise CheckpointError(f"{name} is on the meta device and has no values to save")
-    gather: Any = getattr(tensor, "full_tensor", None)
-    whole: Tensor = tensor if gather is None else gather()
-    whole = whole.detach().to("cpu")
+    whole = whole_tensor(tensor).detach().to("cpu")
     alone = whole.is_contiguous() and whole.untyped_storage().nbytes() == whole.numel() * whole.element_size()
     alone = alone and all(other.data_ptr() != whole.data_ptr() for other in others.values())
     return whole if alone else whole.clone(memory_format=torch.contiguous_format)

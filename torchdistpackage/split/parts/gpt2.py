@@ -24,13 +24,27 @@ class GPT2BottomModel(CausalLMBottomModel):
 
 @ModelRegistry.register("gpt2", "trunk")
 class GPT2TrunkModel(CausalLMTrunkModel):
-    """Layers from the middle of GPT-2."""
+    """Layers from the middle of GPT-2.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> trunk = GPT2TrunkModel(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10), 1, 3)
+        >>> list(trunk.state_dict())[0], trunk.num_parameters()
+        ('transformer.h.1.ln_1.weight', 1744)
+    """
 
     model_types = ("gpt2",)
 
 
 @ModelRegistry.register("gpt2", "top")
 class GPT2TopModel(CausalLMTopModel):
-    """The last layers, `ln_f` and the head of GPT-2."""
+    """The last layers, `ln_f` and the head of GPT-2.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> top = GPT2TopModel(GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=10), 3)
+        >>> list(top.state_dict())[-3:]
+        ['transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight']
+    """
 
     model_types = ("gpt2",)

@@ -14,8 +14,7 @@ import difflib
 import inspect
 import re
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
@@ -24,19 +23,19 @@ from torch import Tensor, nn
 
 from torchdistpackage.errors import CheckpointError, PipelineError, SplitError
 from torchdistpackage.split.causal_lm import new_cache, split_causal_lm
-from torchdistpackage.split.decoder.filling import GivenTensors, WeightSource, fill_stage
+from torchdistpackage.split.decoder.filling import GivenTensors, WeightSource, fill_stage, without_progress_bars
 from torchdistpackage.split.decoder.materialize import materialize_stages
 from torchdistpackage.split.decoder.part import HELD
 from torchdistpackage.split.decoder.pretrained import without_weights
 from torchdistpackage.split.decoder.stage_forward import STAGE, Stage, run_stage
 from torchdistpackage.split.decoder.weight_files import listed
-from torchdistpackage.split.names import record_ends, ties_in
 from torchdistpackage.split.parts.base import BaseSplitModel
 from torchdistpackage.split.parts.blocks import claim_cache
 from torchdistpackage.split.parts.checkpoint_tensors import CheckpointTensors, PickledTensors, float_type
 from torchdistpackage.split.parts.configuration import layers_of, need_layers, num_layers_of
 from torchdistpackage.split.parts.registry import GENERIC
 from torchdistpackage.split.pipe import expect_ends, note_end_run, put_aside, put_end_in_use
+from torchdistpackage.split.ties import record_ends, ties_in
 
 if TYPE_CHECKING:
     from threading import RLock
@@ -186,7 +185,7 @@ class CausalLMPart(BaseSplitModel):
         need_layers(cls.__name__, start, end, num_layers_of(config))
         types = float_type(dtype) or _float_type(state, config)
         stage = empty_stage(config, start, end, dtype=types, trust_remote_code=trust_remote_code)
-        with _without_progress_bar():
+        with without_progress_bars():
             fill_stage(stage, vars(stage).pop(_WHOLE), _source(state), types, trust_remote_code)
         if float_type(dtype) is None and not _of_whole(state):
             _keep_types(stage, state)
@@ -246,21 +245,6 @@ class CausalLMPart(BaseSplitModel):
             finally:
                 handle.remove()
         raise PipelineError(f"{type(self.stage).__name__} does not call its layer {self.start_layer}")
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Without the one that transformers shows for each part."""
-    from transformers.utils import logging
-
-    bars: Any = logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _unpickled(
