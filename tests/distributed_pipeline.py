@@ -1,5 +1,6 @@
 """What the tests with real processes share: set-up, a small model, and the inputs and function of each stage."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -7,6 +8,10 @@ from torch import nn
 from torchdistpackage import setup_distributed, tpc
 
 mse = nn.functional.mse_loss
+FULLY_SHARD_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+fully_shards = pytest.mark.skipif(
+    not FULLY_SHARD_ON_CPU, reason="fully_shard of this torch does not run on CPUs: torch.cpu.Stream records no events"
+)
 
 
 def start(pipe, **more):

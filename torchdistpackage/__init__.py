@@ -112,7 +112,7 @@ if TYPE_CHECKING:
         TrainerCallback,
     )
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOME = {
     "torchdistpackage.checkpoint": "Checkpointer load_safetensors save_safetensors",

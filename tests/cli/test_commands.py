@@ -195,3 +195,12 @@ def test_commands_start_without_what_they_do_not_need(command):
     code += "from torchdistpackage.cli import main\ntry:\n    main()\nfinally:\n"
     code += "    assert not {'torch', 'numpy', 'matplotlib', 'rich'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["comm-check --nproc 2", "split timm:some_model -p 2 -i 4x3x8x8"])
+def test_a_command_says_that_it_needs_torch_where_there_is_none(command):
+    code = f"import sys; sys.modules['torch'] = None; sys.argv = ['torchdistpackage', *{command.split()}]\n"
+    code += "from torchdistpackage.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "Error: this command needs torch: pip install torch\n"

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 from decoders import batch, cross_entropy, decoder
 from distributed_harness import run_distributed
+from distributed_pipeline import fully_shards
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -143,7 +144,7 @@ def trained_replicas(mesh, name, tied, how):
         assert logits is None or torch.allclose(logits, reference(mine).logits)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fully_shard"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fully_shard", marks=fully_shards)])
 def test_replicas_are_reduced_once(how):
     cases = [("1f1b", True), ("Interleaved1F1B", True), ("Interleaved1F1B", False)]
     # What a split backward leaves to be reduced, fully_shard cannot be told of by every torch.

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
 from distributed_harness import run_distributed
-from distributed_pipeline import loss_step, make_layers, mse, own_inputs, start
+from distributed_pipeline import FULLY_SHARD_ON_CPU, fully_shards, loss_step, make_layers, mse, own_inputs, start
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -50,12 +50,14 @@ def sharded_steps(rank, world, pipe, schedule):
         assert torch.allclose(norm, 2 * nn.utils.get_total_norm([p.grad for p in reference.parameters()]))
 
 
+@fully_shards
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize(("world", "pipe"), [(4, 2), (2, 1)])
 def test_a_fully_sharded_stage_equals_the_full_batch(world, pipe, schedule):
     run_distributed(sharded_steps, world, pipe, schedule)
 
 
+@fully_shards
 @pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp.FSDPModule, "set_manual_backward_finalization"),
     reason="this torch cannot be told when a split backward is over",
@@ -72,6 +74,7 @@ def reductions(rank, world):
     return sum(event.name == "c10d::_reduce_scatter_base_" for event in profile.events())
 
 
+@fully_shards
 def test_one_reduction_a_step():
     assert run_distributed(reductions, 2) == [1, 1]
 
@@ -99,6 +102,7 @@ def failing(rank, world):
     assert same(stage, part)
 
 
+@fully_shards
 @pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp.FSDPModule, "reset_iter_state"),
     reason="this torch cannot forget a step that has failed",
@@ -118,5 +122,19 @@ def one_module_for_two_chunks(rank, world):
     assert dist.get_world_size() == world
 
 
+@fully_shards
 def test_a_module_belongs_to_one_stage():
     run_distributed(one_module_for_two_chunks, 2)
+
+
+def refused(rank, world, microbatches):
+    start(pipe=1)
+    stage = fully_shard(nn.Linear(4, 4), mesh=tpc.mesh["data"])
+    with pytest.raises(PipelineError, match=r"fully_shard of torch .* does not run on CPUs; install a newer torch"):
+        forward_backward(fwd_fn=lambda x: stage(x).mean(), inputs=torch.randn(4, 4), num_microbatches=microbatches)
+
+
+@pytest.mark.skipif(FULLY_SHARD_ON_CPU, reason="fully_shard of this torch runs on CPUs")
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_torch_that_cannot_is_named(microbatches):
+    run_distributed(refused, 2, microbatches)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from distributed_harness import run_distributed
-from distributed_pipeline import start
+from distributed_pipeline import fully_shards, start
 from language_models import language_model, padded
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -119,6 +119,7 @@ def test_eight_processes_train_as_the_plain_loop(build, schedule):
     assert min(run_distributed(train, 8, build, schedule, naive, timeout=150)) > 0
 
 
+@fully_shards
 def test_fully_sharded_stages_in_three_dimensions():
     assert min(run_distributed(train, 8, language, "1f1b", sharded, timeout=150)) > 0
 

@@ -315,8 +315,9 @@ def test_live_microbatches_are_the_plans(name, p):
             with lock:
                 live[self.rank] += 1
                 peak[self.rank] = max(peak[self.rank], live[self.rank])
-            weakref.finalize(x, self.gone)
-            return super().forward(x)
+            kept = x.clone()  # memory of its own: slices of a batch share theirs, and torch may re-wrap a tensor
+            weakref.finalize(kept.untyped_storage(), self.gone)
+            return super().forward(kept)
 
         def gone(self):
             with lock:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from traced_comparison import assert_same
+from traced_comparison import assert_same, needs_export_of_vmap
 
 from torchdistpackage.split import split
 
@@ -70,6 +70,7 @@ class Functional(nn.Module):
 
 
 def test_the_second_door_is_torch_export():
+    needs_export_of_vmap()
     torch.manual_seed(0)
     model = Functional()
     pipe = split(model, torch.randn(4, 6), 2, {"shift": torch.randn(6)}, costs="flops")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from traced_comparison import needs_export_of_vmap
 from traced_training import assert_trains, loss_of
 
 from torchdistpackage.errors import SplitError
@@ -316,6 +317,7 @@ class Branches(Three):
 
 
 def test_a_branch_that_the_export_has_taken_is_checked():
+    needs_export_of_vmap()
     pipe = split(Branches(), torch.randn(3, 6), 2, costs="flops")
     assert pipe(torch.randn(5, 6)).shape == (5, 6)
     with pytest.raises(SplitError, match="another way"):

@@ -31,6 +31,8 @@ def one_message(command: Command) -> Command:
         except (TorchDistError, OSError) as error:
             raise click.ClickException(str(error)) from None
         except ModuleNotFoundError as error:
+            if error.name == "torch":
+                raise click.ClickException("this command needs torch: pip install torch") from None
             if "torchdistpackage[" not in str(error):
                 raise
             raise click.ClickException(str(error)) from None

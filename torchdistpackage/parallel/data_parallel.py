@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.dtensors import is_dtensor
-from torchdistpackage.parallel.fully_sharded import FullySharded, is_fully_sharded
+from torchdistpackage.parallel.fully_sharded import FullySharded, is_fully_sharded, refuse_device
 from torchdistpackage.parallel.moe_data_parallel import ExpertsOfStep
 from torchdistpackage.parallel.naive_ddp import NaiveDDP
 from torchdistpackage.parallel.replicated_modules import (
@@ -240,6 +240,8 @@ class DistributedDataParallelReducer:
 
     def _silence(self, module: nn.Module, *, only: bool = False) -> None:
         if only and not isinstance(module, NaiveDDP):
+            if is_fully_sharded(module):
+                refuse_device(module)
             return
         if not (isinstance(module, NaiveDDP) or is_torch_replica(module)):
             if any(module is sharded.module for reducer in self._family for sharded in reducer._sharded):

@@ -19,11 +19,26 @@ from __future__ import annotations
 
 from typing import Any, final
 
+import torch
+
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.dtensors import refuse_fused_shard
 from torchdistpackage.split.model_tensors import is_fully_sharded
 
-__all__ = ["FullySharded", "is_fully_sharded"]
+__all__ = ["FullySharded", "is_fully_sharded", "refuse_device"]
+
+
+def refuse_device(module: Any) -> None:
+    """Comes before a fully sharded module gathers its parameters: torch's own error would be an AttributeError.
+
+    Raises:
+        PipelineError: This torch cannot do that on a CPU.
+    """
+    if not hasattr(torch.cpu.Stream, "record_event") and any(p.device.type == "cpu" for p in module.parameters()):
+        raise PipelineError(
+            f"fully_shard of torch {torch.__version__} does not run on CPUs; install a newer torch, or use "
+            "DistributedDataParallel, NaiveDDP or Bf16ZeroOptimizer"
+        )
 
 
 @final
@@ -37,6 +52,7 @@ class FullySharded:
     def __init__(self, module: Any) -> None:
         for name, parameter in module.named_parameters():
             refuse_fused_shard(name, parameter)
+        refuse_device(module)
         self.module = module
         self._manual = hasattr(module, "set_manual_backward_finalization") and hasattr(module, "finalize_backward")
         if self._manual:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, cast, final
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
@@ -28,6 +29,9 @@ from torchdistpackage.split.unrepeatable import as_they_were, unrepeated, watche
 from torchdistpackage.split.untraceable import Untraceable, reason_of
 
 __all__ = ["record_exported"]
+
+# Older torch's checkpointing notes its arguments with an autograd.Function that computes nothing; newer ones have none.
+_OF_CHECKPOINT = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
 
 
 def record_exported(model: nn.Module, example: Example, refused: Untraceable, prefix: str) -> Recording:
@@ -94,10 +98,15 @@ def _nothing_lost(model: nn.Module) -> Iterator[None]:
     def stopped(*_: Any, **__: Any) -> Any:
         raise TraceError("the forward registers hooks on tensors, or calls a torch.autograd.Function")
 
+    def applied(function: type, *args: Any, **kwargs: Any) -> Any:
+        if function is not _OF_CHECKPOINT:
+            stopped()
+        return apply.__get__(None, function)(*args, **kwargs)
+
     register, apply = torch.Tensor.register_hook, vars(torch.autograd.Function)["apply"]
     try:
         torch.Tensor.register_hook = stopped  # type: ignore[method-assign]
-        torch.autograd.Function.apply = stopped
+        torch.autograd.Function.apply = classmethod(applied)
         with watched(model, lambda: False, tensors=False):
             yield
     finally:

@@ -21,6 +21,7 @@ from torch import nn
 
 from torchdistpackage.errors import TrainerError
 from torchdistpackage.parallel import DDP
+from torchdistpackage.parallel.fully_sharded import refuse_device
 from torchdistpackage.topology import tpc
 
 __all__ = ["quiet_contexts", "replicated", "sharded_optimizer"]
@@ -55,6 +56,7 @@ def _fully_shard(stage: nn.Module) -> None:
 
     mesh = tpc.mesh["data"]
     try:
+        refuse_device(stage)
         for block in _blocks(stage):
             fully_shard(block, mesh=mesh)
         fully_shard(stage, mesh=mesh)
