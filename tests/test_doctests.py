@@ -9,7 +9,7 @@ import pytest
 import torchdistpackage
 
 WITHOUT_PROCESSES = (
-    *("checkpoint", "errors", "schedule", "visualize", "runtime", "split", "tools", "topology.rank_table"),
+    *("checkpoint", "cli", "errors", "runtime", "schedule", "split", "tools", "topology", "visualize"),
     *("trainer.argument", "trainer.batch", "trainer.callbacks", "trainer.losses", "trainer.feed", "trainer.optimizers"),
     *("trainer.progress_table", "trainer.run_state", "trainer.seeded_data", "trainer.splitting", "trainer.stages"),
 )

@@ -23,7 +23,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from torchdistpackage import forward_backward, setup_distributed, tpc
 from torchdistpackage.parallel.pipeline_state import current_state
-from torchdistpackage.runtime.executor import ChunkWork, Executor
+from torchdistpackage.runtime import ChunkWork, Executor
 from torchdistpackage.runtime.p2p import DistributedTransport
 from torchdistpackage.schedule import build
 

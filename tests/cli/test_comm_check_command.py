@@ -30,6 +30,13 @@ def test_a_mistake_is_one_message():
     assert result.stderr == "Error: 1 ranks are not pipelines of 2; choose --pipe so that it divides\n"
 
 
+@pytest.mark.parametrize("where", [(), ("--nproc", "2")])
+def test_a_backend_that_there_is_not_is_one_message(where):
+    result = run("--backend", "glooo", *where)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: backend 'glooo': torch does not know 'glooo'")
+
+
 def test_under_torchrun_each_process_is_a_rank():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     result = run("--backend", "gloo", "--numel", "100", command=[*launcher, *COMMAND])

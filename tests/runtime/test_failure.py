@@ -2,12 +2,14 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from loopback_pipeline import mse, on_every_rank, run_step, stage_functions, stage_inputs
 from torch import nn
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime import ChunkWork, Executor
-from torchdistpackage.runtime.failure import FailureReport
+from torchdistpackage.runtime.board import StoreBoard
+from torchdistpackage.runtime.failure import FailureReport, is_torn
 from torchdistpackage.schedule import build, names
 
 
@@ -141,6 +143,75 @@ def test_a_report_fits_into_the_smallest_frame():
     data = report.to_bytes()
     assert len(data) <= 3584
     assert FailureReport.from_bytes(data).action == "2F0"
+
+
+def test_a_report_of_a_long_error_in_a_script_that_json_escapes_fits_too():
+    report = FailureReport(1, 5, "2F0", "ü" * 1000, "")
+    assert len(report.to_bytes()) <= 3584
+    assert set(FailureReport.from_bytes(report.to_bytes()).error) == {"ü"}
+
+
+def test_an_exception_that_cannot_be_written_is_reported_by_its_class():
+    class Unspeakable(Exception):
+        def __repr__(self):
+            raise RuntimeError("no words")
+
+    report = FailureReport.of(Unspeakable(), rank=0, global_rank=0, action="the begin of the step")
+    assert report.error == "Unspeakable"
+    assert str(report.as_error()).startswith(
+        "rank 0 of the pipeline (global rank 0) failed at the begin of the step: Unspeakable"
+    )
+
+
+def test_a_rank_outside_of_the_pipeline_is_named_by_its_place_in_the_world():
+    error = FailureReport(-1, 7, "", "it was killed", "").as_error()
+    assert str(error) == "global rank 7 failed: it was killed"
+    assert (error.global_rank, error.action, error.stage) == (7, None, None)
+
+
+def test_a_rank_that_never_comes_is_given_up_after_the_time_out():
+    function, inputs = (lambda x: mse(x[0], x[1])), torch.randn(4, 4)
+
+    def rank_step(rank, transport):
+        if rank == 0:
+            return None
+        return Executor(build("1f1b", 2, 2), transport).run([ChunkWork(function, inputs=inputs)])
+
+    _, error = on_every_rank(2, rank_step, timeout=0.2)
+    assert isinstance(error, PipelineError)
+    assert "rank 0 of the pipeline" in str(error)
+    assert "nothing came from rank 0 within 0.2 s" in str(error)
+
+
+def test_the_first_report_of_an_epoch_stays_on_the_board():
+    board = StoreBoard(dist.HashStore(), "here")
+    first, second = (FailureReport(rank, rank, "", "boom", "") for rank in (1, 2))
+    assert board.find(0) is None
+    board.publish(0, first)
+    board.publish(0, second)
+    board.publish(1, second)
+    assert (board.find(0), board.find(1)) == (first, second)
+
+
+def test_ranks_say_what_they_do_until_they_go_on():
+    board = StoreBoard(dist.HashStore(), "here")
+    board.say(0, 1, "waits")
+    board.say(0, 2, "computes")
+    board.say(0, 2, "")
+    assert board.said(0, [0, 1, 2]) == {1: "waits"}
+
+
+@pytest.mark.parametrize(
+    ("error", "torn"),
+    [
+        (dist.DistNetworkError("the store is gone"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("shapes do not fit"), False),
+        (ConnectionResetError("Connection reset"), False),
+    ],
+)
+def test_a_torn_collective_is_told_from_other_errors(error, torn):
+    assert is_torn(error) is torn
 
 
 def test_training_without_gradients_enabled_is_refused():

@@ -83,3 +83,18 @@ def test_what_is_changed_before_it_is_taken_is_refused():
     work = [ChunkWork(functions[0], inputs=torch.randn(3, 3)), ChunkWork(functions[1])]
     with pytest.raises(PipelineError, match="stage 0 returned a tensor and changed it in place"):
         Executor(build("looped-bfs", 1, 3, chunks=2), loopback(1)[0]).run(work)
+
+
+def test_a_result_waits_for_a_send_that_comes_later():
+    plan = complete(
+        Plan.from_text(
+            "0F0 0F1 0SEND_F0 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1\n1RECV_F0 1F0 1B0 1RECV_F1 1F1 1B1 1SEND_B0 1SEND_B1"
+        )
+    )
+    torch.manual_seed(0)
+    stages = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    reference = copy.deepcopy(stages)
+    x, y = torch.randn(5, 4), torch.randn(5, 4)
+    train(plan, stages, x, y, 2)
+    plain_loop(reference, x, y, 2)
+    assert_same_gradients(stages, reference)

@@ -174,3 +174,29 @@ def test_a_message_that_comes_late_wakes_the_receiver():
         assert child.wait() == 0
     with pytest.raises(ConnectionResetError, match="ended"):
         receive(receiving, 64)
+
+
+def no_descriptors(*_):
+    raise OSError(24, "Too many open files")
+
+
+@pytest.mark.parametrize("lacking", ["memfd_create", "ftruncate"])
+def test_where_no_shared_memory_is_left_the_socket_takes_it_all(ends, monkeypatch, lacking):
+    sending, receiving = ends
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, lacking, no_descriptors)
+    _, handle = send(sending, numbers(LONG))
+    assert handle is COPIED
+    assert torch.equal(receive(receiving, LONG), numbers(LONG))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_has_come_and_is_not_wanted_any_more_can_still_be_looked_at(ends):
+    sending, receiving = ends
+    assert receiving.waiting() == []  # nobody has called yet
+    send(sending, numbers(100))
+    receive(receiving, 100)
+    for start in (1, 2):
+        send(sending, numbers(64, start))
+    send(sending, numbers(LONG))  # lies in shared memory: a word says so, which is passed over
+    assert receiving.waiting() == [bytes(numbers(64, start).tolist()) for start in (1, 2)]

@@ -367,3 +367,13 @@ def test_a_result_shared_by_microbatches_is_refused_as_in_the_plain_loop():
     functions = [layer, lambda h: (layer(h) @ shared).sum()]
     results = run_step(plan, functions, [torch.randn(6, WIDTH), None])
     assert any("backward through the graph a second time" in str(result) for result in results), results
+
+
+def test_what_was_computed_once_for_all_micro_batches_is_refused_in_words():
+    weight, stages = torch.ones(4, requires_grad=True), [nn.Linear(4, 4), nn.Linear(4, 4)]
+    shared = weight.exp()
+    functions = [stages[0], lambda a: mse(stages[1](a[0]) * shared, a[1])]
+    inputs = stage_inputs(2, torch.randn(4, 4), torch.randn(4, 4))
+    results = run_step(build("zb-h1", 2, 2), functions, inputs)
+    assert "Does the stage use a result that was computed once, outside of its forward" in str(results[1])
+    assert "backward through the graph a second time" in str(results[0])

@@ -56,3 +56,9 @@ def test_no_room_at_all():
 def test_limits_that_make_no_sense(limit, reason):
     with pytest.raises(ScheduleError, match=reason):
         lower_bound(CostModel.uniform(2), Placement.loop(2), 1, memory_limit=limit)
+
+
+@pytest.mark.parametrize(("ranks", "m", "reason"), [(3, 1, "of 2 stages, the placement has 3"), (2, 0, "at least 1")])
+def test_questions_that_make_no_sense(ranks, m, reason):
+    with pytest.raises(ScheduleError, match=reason):
+        lower_bound(CostModel.uniform(2), Placement.loop(ranks), m)

@@ -69,6 +69,17 @@ def test_never_worse_than_the_catalogue_where_fewer_microbatches_are_tried_first
     assert found.makespan <= best_of_the_catalogue(costs, p, m, 2 * p) * (1 + 1e-9)
 
 
+def test_a_large_plan_is_scouted_with_fewer_microbatches():
+    costs = CostModel((1.0, 1.4), (1.0, 1.4), (0.6, 0.9), hop=0.3, activation_bytes=(1.0, 1.0))
+    p, m = 2, 10_001
+    found = planner.plan(costs, p, m, 3)
+    assert 3 * p * m > planner._MANY
+    assert found.ratio < 1.001
+    assert max(found.peak_bytes) <= 3
+    plain = {row.name: row for row in found.candidates}
+    assert found.makespan <= min(row.makespan for row in plain.values() if row.fits)
+
+
 @pytest.mark.parametrize(("p", "m", "limit", "at_most"), [(8, 32, 4, 1.35), (8, 32, 2, 1.1), (16, 64, 8, 1.35)])
 def test_with_less_memory_than_any_schedule_of_one_chunk(p, m, limit, at_most):
     found = planner.plan(CostModel.uniform(p, hop=0.05), p, m, limit)

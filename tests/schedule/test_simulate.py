@@ -3,8 +3,7 @@ import math
 import pytest
 
 from torchdistpackage.errors import DeadlockError, ScheduleError
-from torchdistpackage.schedule import Placement, Plan, build, without_communication
-from torchdistpackage.schedule.simulate import CostModel, simulate
+from torchdistpackage.schedule import CostModel, Placement, Plan, build, simulate, without_communication
 
 SIZES = [(2, 4), (3, 7), (4, 8), (4, 12), (5, 20), (8, 32)]
 
@@ -189,3 +188,8 @@ def test_costs_of_another_number_of_stages_are_refused():
 def test_a_deadlock_is_shown():
     with pytest.raises(DeadlockError, match="wait for each other"):
         simulate(Plan.from_text("0F0 0B0 0F1 0B1\n1F1 1B1 1F0 1B0"), CostModel.uniform(2))
+
+
+def test_equal_stages_are_whole_chunks_of_ranks():
+    with pytest.raises(ScheduleError, match="5 stages are not 2 chunks on each of some ranks"):
+        CostModel.uniform(5, chunks=2)

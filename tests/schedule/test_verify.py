@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,12 +29,21 @@ from torchdistpackage.schedule import (
         ("0F0 0REDUCE_GRAD 0B0", "reaches 0REDUCE_GRAD before 0B0"),
         ("0F0 0B0 0SEND_F0", "sends what no other rank takes"),
         ("0F0 0SEND_F0 0B0\n1F0 1B0", "1SEND_B0 is missing"),
-        ("0F0 0SEND_F0 0RECV_B0 0B0\n1F0 1B0 1SEND_B0", "the receiver at None"),
+        ("0F0 0SEND_F0 0RECV_B0 0B0\n1F0 1B0 1SEND_B0", "at the message for 1RECV_F0, the receiver at its end"),
+        ("0F0 0B0 0RECV_F0", "0RECV_F0 has no stage to receive from"),
+        ("0F0 0B0 0RECV_B0", "0RECV_B0 has no stage to receive from"),
+        ("0F0 0RECV_B0 0B0\n1RECV_F0 1F0 1B0", "0SEND_F0 is missing: another rank needs the result"),
     ],
 )
 def test_wrong_plans_are_refused_with_the_reason(text, reason):
     with pytest.raises(ScheduleError, match=reason):
         verify(Plan.from_text(text))
+
+
+def test_a_micro_batch_that_the_step_does_not_have_is_refused():
+    plan = replace(Plan.from_text("0F0 0B0 0F1 0B1"), num_microbatches=1)
+    with pytest.raises(ScheduleError, match="0F1 is outside of the 1 micro-batches"):
+        verify(plan)
 
 
 def test_the_error_shows_the_marked_grid():

@@ -23,9 +23,9 @@ def suffix(rank, world_size, config):
         ([("data", 2)], ["", ""]),
     ],
 )
-def test_bug_27_parts_of_modes_with_more_than_one_rank(config, suffixes):
+def test_parts_of_modes_with_more_than_one_rank(config, suffixes):
     assert run_distributed(suffix, len(suffixes), config) == [f"{one}.pth" for one in suffixes]
 
 
-def test_bug_27_one_process_without_a_set_up():
+def test_one_process_without_a_set_up():
     assert get_mp_ckpt_suffix() == ".pth"

@@ -7,13 +7,14 @@ import signal
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from distributed_harness import run_distributed
 
 import torchdistpackage.topology as topology
 from torchdistpackage.errors import TopologyError, TransportError
 from torchdistpackage.topology import setup_distributed, tpc
-from torchdistpackage.topology.comm_check import CommReport, CommRow
+from torchdistpackage.topology.comm_check import CommReport, CommRow, _verify
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -26,7 +27,7 @@ def check(rank: int, world_size: int, config: list[tuple[str, float]]) -> CommRe
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_bug_28_every_link_of_a_pipeline_of_any_length(world_size: int) -> None:
+def test_every_link_of_a_pipeline_of_any_length(world_size: int) -> None:
     reports = run_distributed(check, world_size, [("pipe", world_size)], timeout=40)
     assert reports.count(reports[0]) == world_size
     links = {row.name for row in reports[0].rows if row.operation == "send"}
@@ -57,6 +58,11 @@ def test_the_table_is_aligned() -> None:
         "group pipe (global ranks 0, 1)  all_reduce      4         1.0           0.500",
         "link                            send          400        10.0           5.000",
     ]
+
+
+def test_contents_are_compared() -> None:
+    with pytest.raises(TransportError, match="send delivered 1 wrong values of 3"):
+        _verify("send", torch.tensor([1, 2, 4]), torch.tensor([1, 2, 3]))
 
 
 def verdict_without(rank: int, world_size: int, absent: int) -> tuple[str, float]:

@@ -22,6 +22,7 @@ from torchdistpackage.topology import (
     tpc,
 )
 from torchdistpackage.topology.context import torch_parallel_context
+from torchdistpackage.topology.pipeline_links import LinkSettings
 
 pytestmark = pytest.mark.timeout(60)
 STANDARD = ("data", "pipe", "tensor", "model")
@@ -55,6 +56,9 @@ def compare_all(rank: int, world_size: int, config: list[tuple[str, float]]) -> 
         assert tpc.is_first_group(mode) == (ranks == tpc.all_ranks(mode)[0])
         assert tpc.is_mode_inited(mode) == (len(ranks) > 1)
         assert tpc._is_inited(mode)
+    for name, mode in (("tensor", "tensor"), ("pipeline", "pipe"), ("data", "data"), ("model", "model")):
+        assert getattr(tpc, f"is_first_in_{name}_group")() == tpc.is_first_in_group(mode)
+        assert getattr(tpc, f"is_last_in_{name}_group")() == tpc.is_last_in_group(mode)
     assert tpc.all_dp_ranks() == tpc.all_ranks("data")
     assert (tpc.get_group("global"), is_using_pp()) == (None, tpc.get_pp_size() > 1)
     groups = [tpc.get_group(mode) for mode in tpc.modes]
@@ -97,7 +101,7 @@ def pipe_only(rank: int, world_size: int) -> None:
             tpc.get_group_size(mode)
 
 
-def test_bug_25_pipe_only_needs_no_data_dim() -> None:
+def test_pipe_only_needs_no_data_dim() -> None:
     run(pipe_only, 2)
 
 
@@ -109,7 +113,7 @@ def wrong_product(rank: int, world_size: int) -> str:
     return str(caught.value)
 
 
-def test_bug_25_a_wrong_product_raises_on_every_rank() -> None:
+def test_a_wrong_product_raises_on_every_rank() -> None:
     message = "data 1 x pipe 2 = 2 ranks, but the world has 3; set pipe to 3, or start 2 ranks"
     assert run(wrong_product, 3) == [message] * 3
 
@@ -144,7 +148,7 @@ def set_up_again(rank: int, world_size: int, ports: list[str]) -> None:
             tpc.get_dp_rank()
 
 
-def test_bug_25_repeated_set_up_replaces_the_former() -> None:
+def test_repeated_set_up_replaces_the_former() -> None:
     run(set_up_again, 4, [find_free_port(), find_free_port()])
 
 
@@ -245,7 +249,7 @@ def moe(rank: int, world_size: int) -> None:
             assert members(tpc, mode) == tpc.get_ranks_in_group(mode)
 
 
-def test_bug_28_moe_groups() -> None:
+def test_moe_groups() -> None:
     run(moe, 4)
 
 
@@ -295,3 +299,36 @@ def short_timeout(rank: int, world_size: int) -> bool:
 
 def test_the_time_out_reaches_the_groups() -> None:
     assert run(short_timeout, 2) == [True, True]
+
+
+def different_numbers_of_groups(rank: int, world_size: int) -> str:
+    setup_distributed()
+    if rank == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    with pytest.raises(TopologyError) as caught:
+        tpc.setup_process_groups([("pipe", 2)])
+    return str(caught.value)
+
+
+def test_ranks_that_made_different_numbers_of_groups_hear_it() -> None:
+    messages = run(different_numbers_of_groups, 2)
+    assert all("made different numbers of process groups before" in message for message in messages)
+
+
+def group_that_the_user_destroys(rank: int, world_size: int) -> None:
+    setup_distributed("cpu:gloo")
+    for _ in range(2):
+        tpc.setup_process_groups([("pipe", 1)])
+        dist.destroy_process_group(tpc.get_group("pipe"))
+    tpc.reset()
+    assert not tpc._is_inited("pipe")
+
+
+def test_a_group_that_the_user_has_destroyed_is_no_trouble() -> None:
+    run(group_that_the_user_destroys, 1)
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_a_watchdog_has_some_patience(seconds: float) -> None:
+    with pytest.raises(TopologyError, match=f"watchdog must be a positive number of seconds, got {seconds}"):
+        LinkSettings(watchdog=seconds)

@@ -34,7 +34,7 @@ def launch_twice(rank: int, world_size: int, arguments: dict[str, object]) -> tu
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_bug_26_torchrun_environment_on_cpu(world_size: int) -> None:
+def test_torchrun_environment_on_cpu(world_size: int) -> None:
     results = run_distributed(launch_twice, world_size, {"timeout": 30}, timeout=40)
     assert {result[1:] for result in results} == {("127.0.0.1", "gloo", True)}
 
@@ -76,6 +76,16 @@ def test_slurm_asks_scontrol_for_the_first_host(tmp_path: Path) -> None:
     results = run_distributed(launch_by_slurm, 2, str(tmp_path), env={"TEST_PORT": port}, timeout=40)
     exported = [[str(rank), "2", str(rank), "127.0.0.1", port] for rank in range(2)]
     assert results == [(rank, 2, int(port), "127.0.0.1", exported[rank]) for rank in range(2)]
+
+
+@pytest.mark.parametrize("answer", ["exit 1", "echo"])
+def test_an_scontrol_that_does_not_know_leaves_the_node_list_to_us(tmp_path: Path, answer: str) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\n{answer}\n")
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        assert _find_launch(SLURM, None).launch.addr == "node03"
 
 
 def test_slurm_variables_without_scontrol() -> None:
@@ -160,9 +170,19 @@ def test_nccl_without_cuda() -> None:
         setup_distributed("nccl")
 
 
-@pytest.mark.parametrize("arguments", [{"port": "x"}, {"timeout": 0}])
-def test_wrong_arguments(arguments: dict[str, object]) -> None:
-    with pytest.raises(TopologyError):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"port": "x"}, "port must be a whole number, got 'x'"),
+        ({"backend": "glooo"}, "backend 'glooo': torch does not know 'glooo'; it has gloo, "),
+        ({"backend": "cpu:gloo,cuda:ncl"}, "torch does not know 'ncl'"),
+        ({"timeout": 0}, "must be positive, got 0"),
+        ({"timeout": float("inf")}, "finite number of seconds, got inf"),
+        ({"timeout": "60"}, "finite number of seconds, got '60'"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(TopologyError, match=message):
         setup_distributed(**arguments)  # type: ignore[arg-type]
 
 

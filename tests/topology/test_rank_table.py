@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdistpackage.errors import TopologyError
-from torchdistpackage.topology.rank_table import RankTable, moe_groups, node_groups, rank_table
+from torchdistpackage.topology.rank_table import RankTable, node_groups, rank_table
 
 DOCUMENTED = [("data", 4), ("pipe", 2), ("tensor", 2)]
 
@@ -69,7 +69,7 @@ def test_groups_equal_brute_force(table: RankTable) -> None:
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_moe_groups_follow_their_data_group(outer: int, dp: int, ep: int, inner: int) -> None:
     config = [("pipe", outer), ("data", dp * ep), ("tensor", inner)]
-    table = moe_groups(outer * dp * ep * inner, config, moe_ep_size=ep)
+    table = rank_table(outer * dp * ep * inner, config).with_moe(moe_ep_size=ep)
     wanted: dict[str, set[tuple[int, ...]]] = {"moe_ep": set(), "moe_dp": set()}
     for group in table.all_groups("data"):
         wanted["moe_ep"] |= {group[start : start + ep] for start in range(0, dp * ep, ep)}
@@ -80,7 +80,8 @@ def test_moe_groups_follow_their_data_group(outer: int, dp: int, ep: int, inner:
 
 
 def test_moe_dp_size_alone_is_enough() -> None:
-    assert moe_groups(8, [("data", 8)], moe_dp_size=2) == moe_groups(8, [("data", 8)], 2, 4)
+    table = rank_table(8, [("data", 8)])
+    assert table.with_moe(moe_dp_size=2) == table.with_moe(2, 4)
 
 
 def test_a_world_of_65536_ranks_is_quick() -> None:
@@ -92,14 +93,14 @@ def test_a_world_of_65536_ranks_is_quick() -> None:
     assert time.perf_counter() - start < 2  # about 0.05 s on a quiet machine
 
 
-def test_bug_25_sizes_that_do_not_multiply_to_the_world() -> None:
+def test_sizes_that_do_not_multiply_to_the_world() -> None:
     with pytest.raises(TopologyError, match=r"data 1 x pipe 2 = 2 ranks, but the world has 3"):
         rank_table(3, [("data", 1), ("pipe", 2)])
     with pytest.raises(TopologyError, match="set data to 4, or start 4 ranks"):
         rank_table(8, [("data", 2), ("pipe", 2)])
 
 
-def test_bug_25_no_data_dim() -> None:
+def test_no_data_dim() -> None:
     table = rank_table(3, [("pipe", 3)])
     assert table.group_of("pipe", 1) == table.group_of("model", 1) == (0, 1, 2)
 
@@ -129,9 +130,9 @@ def test_sizes_from_a_division() -> None:
 
 
 @pytest.mark.parametrize(("dp", "ep"), [(None, None), (2, 3), (3, None), (None, 5), (0, None)])
-def test_bug_28_moe_sizes_must_fit_the_data_size(dp: int | None, ep: int | None) -> None:
+def test_moe_sizes_must_fit_the_data_size(dp: int | None, ep: int | None) -> None:
     with pytest.raises(TopologyError):
-        moe_groups(4, [("data", 4)], dp, ep)
+        rank_table(4, [("data", 4)]).with_moe(dp, ep)
 
 
 def test_questions_about_what_is_not_there() -> None:
@@ -142,7 +143,7 @@ def test_questions_about_what_is_not_there() -> None:
     with pytest.raises(TopologyError, match="rank 4 is not in the world of 4"):
         table.group_of("data", 4)
     with pytest.raises(TopologyError, match="data"):
-        moe_groups(4, [("pipe", 4)], moe_ep_size=2)
+        rank_table(4, [("pipe", 4)]).with_moe(moe_ep_size=2)
 
 
 def test_node_groups() -> None:

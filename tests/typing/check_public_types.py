@@ -6,14 +6,32 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from typing_extensions import assert_type
 
 import torchdistpackage as tdp
 from torchdistpackage import checkpoint, split
 from torchdistpackage.checkpoint import CheckpointInfo, ExportReport, Loaded, export_safetensors, list_checkpoints
-from torchdistpackage.schedule import CostModel, Plan, Timeline, build, names, planner, simulate
+from torchdistpackage.runtime import Executor, LoopbackTransport, StepResult, loopback
+from torchdistpackage.schedule import (
+    CostModel,
+    Plan,
+    ScheduleFacts,
+    Timeline,
+    build,
+    complete,
+    describe,
+    lower_bound,
+    names,
+    outline,
+    peak_activations,
+    planner,
+    simulate,
+)
 from torchdistpackage.split import parts
+from torchdistpackage.topology import CommReport, RankTable, rank_table
 from torchdistpackage.trainer import TrainOutput
+from torchdistpackage.visualize import chrome_trace, text_grid, unit_timeline
 
 assert_type(build("1f1b", 2, 4), Plan)
 assert_type(names(), tuple[str, ...])
@@ -29,6 +47,29 @@ assert_type(tdp.last_timeline(), Timeline | None)
 assert_type(tdp.profile_stage_costs(lambda x: x), CostModel)
 assert_type(simulate(build("1f1b", 2, 4), CostModel.uniform(2)), Timeline)
 assert_type(planner.plan(CostModel.uniform(2), 2, 4).plan, Plan)
+assert_type(planner.plan(CostModel.uniform(2), 2, 4).candidates, tuple[planner.Candidate, ...])
+assert_type(outline("1f1b", 2, 4), Plan)
+assert_type(complete(Plan.from_csv("0F0,0B0")), Plan)
+assert_type(describe("1f1b"), ScheduleFacts)
+assert_type(lower_bound(CostModel.uniform(2), build("1f1b", 2, 4).placement, 4), float)
+assert_type(peak_activations(build("1f1b", 2, 4)), tuple[int, ...])
+assert_type(text_grid(unit_timeline(build("1f1b", 2, 4))), str)
+assert_type(chrome_trace(unit_timeline(build("1f1b", 2, 4))), dict[str, Any])
+assert_type(loopback(2), list[LoopbackTransport])
+assert_type(Executor(build("1f1b", 1, 4), loopback(1)[0]).run([]), StepResult)
+assert_type(rank_table(4, [("pipe", 4)]), RankTable)
+assert_type(tdp.setup_distributed().world_size, int)
+assert_type(tdp.setup_node_groups(8), ProcessGroup | None)
+assert_type(tdp.find_free_port(), str)
+assert_type(tdp.test_comm(), CommReport)
+assert_type(tdp.is_using_pp(), bool)
+assert_type(tdp.tpc.get_group("pipe"), ProcessGroup)
+assert_type(tdp.tpc.get_group("global"), None)
+assert_type(tdp.torch_parallel_context, tdp.ParallelContext)
+assert_type(tdp.torch_parallel_context.all_ranks("data"), list[list[int]])
+assert_type(tdp.PipelineError().microbatch, int | None)
+assert_type(tdp.NonFiniteError().module, str | None)
+assert_type(tdp.Routed({1: ()}).skips, tuple[tuple[int, int], ...])
 assert_type(tdp.NaiveDDP(nn.Linear(2, 2)).reduce_gradients(), None)
 assert_type(tdp.apply_tensor_parallel(nn.Linear(2, 2)), nn.Module)
 assert_type(tdp.ShardedEMA(nn.Linear(2, 2)).num_updates, int)

@@ -89,3 +89,16 @@ def times(i):
         (Op.INPUT_GRAD, 2 * i + 1, 2 * i + 1.001),
         (Op.WEIGHT_GRAD, 2 * i + 1.001, 2 * i + 2),
     )
+
+
+def test_sending_is_drawn_and_explained():
+    f, send = (Action(0, op, 0) for op in (Op.FORWARD, Op.SEND_F))
+    picture = figure(Timeline("measured", ((Span(f, 0.0, 1.0), Span(send, 1.0, 2.0)),)))
+    labels = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert labels == ["F  forward", "sending, reducing", "idle"]
+    assert len(picture.axes[0].collections) == 3
+
+
+def test_nothing_is_a_picture_with_a_rank():
+    (axes,) = figure(Timeline("empty", ((),))).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0"]

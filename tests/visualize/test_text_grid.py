@@ -1,5 +1,6 @@
 import re
 import sys
+from io import StringIO
 
 import pytest
 
@@ -60,6 +61,12 @@ def test_a_picture_of_too_many_lines_gives_up_its_numbers():
     assert not re.search(r"rank +3 .*[FIW]\d", text)
 
 
+def test_a_picture_of_very_many_actions_has_a_coarser_time():
+    lines = grid(build("gpipe", 2, 4000), width=40).splitlines()
+    assert len(lines) < 155
+    assert all(len(line) <= 40 for line in lines[1:-1])
+
+
 def test_times_that_are_multiples_of_nothing_are_rounded():
     costs = CostModel.uniform(2, forward=0.0103, input_grad=0.0111, weight_grad=0.0097, hop=0.0013, unit="s")
     lines = grid(simulate(build("1f1b", 2, 2), costs), width=60).splitlines()
@@ -88,6 +95,27 @@ def test_no_codes_where_nobody_sees_them(monkeypatch):
     text = text_grid(build("1f1b", 2, 2))
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 60
+
+
+class Terminal(StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("kind", "coloured"), [("xterm-256color", True), ("xterm", False), ("dumb", False)])
+def test_a_terminal_of_many_colours_gets_them(monkeypatch, kind, coloured):
+    pytest.importorskip("rich")
+    for name in ("COLORTERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert ("\x1b[" in text_grid(build("1f1b", 2, 2))) is coloured
+
+
+def test_a_terminal_without_rich_gets_letters(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert "rank 0  F0" in text_grid(build("1f1b", 2, 2))
 
 
 def test_colour_without_rich_names_the_extra(monkeypatch):

@@ -29,12 +29,12 @@ from torchdistpackage.parallel.pipeline_state import PipelineState, current_stat
 from torchdistpackage.parallel.step_plan import AutoPlan, is_auto, resolve_plan
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.runtime.backward import BackwardFn
-from torchdistpackage.runtime.executor import ChunkWork, StepResult
 from torchdistpackage.runtime.message import Kind, flatten
 from torchdistpackage.runtime.microbatch import weighted_sum
 from torchdistpackage.runtime.p2p import TensorGroupShard
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.stage import ForwardFn
+from torchdistpackage.runtime.step import ChunkWork, StepResult
 from torchdistpackage.runtime.transport import Transport
 from torchdistpackage.schedule import Plan
 from torchdistpackage.topology import tpc

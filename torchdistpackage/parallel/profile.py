@@ -25,9 +25,10 @@ from torchdistpackage.parallel.measure import measure_step, stage_costs
 from torchdistpackage.parallel.pipeline_state import current_state, running_step
 from torchdistpackage.parallel.step_plan import leanest_plan
 from torchdistpackage.runtime.backward import reachable_leaves
-from torchdistpackage.runtime.executor import ChunkWork, Executor
+from torchdistpackage.runtime.executor import Executor
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.stage import ForwardFn
+from torchdistpackage.runtime.step import ChunkWork
 from torchdistpackage.schedule import CostModel, complete, split_backwards, without_communication
 
 __all__ = ["profile_stage_costs"]

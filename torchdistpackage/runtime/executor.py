@@ -18,84 +18,30 @@ taking, and a step ends with all of them empty. Neighbours: `program.py` resolve
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol, final
+from typing import Any, NoReturn, final
 
 import torch
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime import message as wire
-from torchdistpackage.runtime.backward import BackwardFn
 from torchdistpackage.runtime.mail import Mail, gradient_list
 from torchdistpackage.runtime.message import Kind, Message
 from torchdistpackage.runtime.microbatch import Slices, merge_outputs, microbatch_sizes, slice_inputs
 from torchdistpackage.runtime.program import Instruction, compile_program
 from torchdistpackage.runtime.recorder import Recorder
 from torchdistpackage.runtime.skips import SkipMail
-from torchdistpackage.runtime.stage import ForwardFn, GradientReducer, Gradients, Output, Stage
+from torchdistpackage.runtime.stage import Gradients, Output, Stage
+from torchdistpackage.runtime.step import ChunkWork, StepExtension, StepResult
 from torchdistpackage.runtime.transport import TensorShard, Transport
 from torchdistpackage.schedule import Op, Plan, verify
 from torchdistpackage.schedule.routing import Routed, Skips
 
-__all__ = ["ChunkWork", "Executor", "StepExtension", "StepResult"]
+__all__ = ["Executor"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ChunkWork:
-    """What one chunk of this rank does in one step.
-
-    Attributes:
-        forward_fn: The user's function; gets one object, or a list when there are several inputs.
-        backward_fn: The user's backward, or None for torch's. For a `Routed` it gets a dict: destination -> gradients
-            of those of its values that want one, in order.
-        inputs: The chunk's own inputs, for the whole batch.
-        reducer: Reduces its gradients over data-parallel replicas.
-        scale: Scales the loss that its backward starts from, if it is the last one.
-    """
-
-    forward_fn: ForwardFn
-    backward_fn: BackwardFn | None = None
-    inputs: Any = None
-    reducer: GradientReducer | None = None
-    scale: Callable[[Tensor], Any] | None = None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step left on this rank.
-
-    Attributes:
-        outputs: On the rank of the last stage one entry for each micro-batch that has rows: its loss in training, its
-            output in evaluation. Elsewhere empty.
-        weights: What each of them counts: its share of the batch for a mean, 1 for a sum.
-        rows: Rows of the whole step's batch.
-        merged: In evaluation, the outputs put together.
-        unsplit: For each stage of this rank on which input gradients had to run the whole backward: how often, and why.
-    """
-
-    outputs: list[Any] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    rows: int = 0
-    merged: Any = None
-    unsplit: dict[int, tuple[int, str]] = field(default_factory=dict)
-
-
-class StepExtension(Protocol):
-    """Exchanges that belong to a step but not to its plan, such as the gradients of tied parameters."""
-
-    def begin_step(self, transport: Transport, *, training: bool) -> None:
-        """Comes before the first action."""
-
-    def end_step(self, transport: Transport) -> None:
-        """Comes after the last action."""
-
-    def cancel(self) -> None:
-        """Comes after a failure."""
 
 
 @final
@@ -213,14 +159,7 @@ class Executor:
             if around is not None:
                 around.cancel()
             self._fail(error, at)
-        unsplit = {s: (len(stage.unsplit), stage.unsplit[0]) for s, stage in self._stages.items() if stage.unsplit}
-        if unsplit and not self._told:
-            self._told = True  # a schedule that lives on the split is no better than 1F1B then
-            for index, (count, reason) in unsplit.items():
-                _log.warning(
-                    "stage %d: the backward of %d of %d micro-batches could not be split and ran whole, because %s",
-                    *(index, count, self._filled, reason),
-                )
+        unsplit = self._unsplit()
         self._forget()
         if self._skips.table is not None and self._skips.table != self.plan.skips:
             self._adopt(self._skips.table)
@@ -282,6 +221,18 @@ class Executor:
         for stage in self._stages.values():
             stage.end_step()
 
+    def _unsplit(self) -> dict[int, tuple[int, str]]:
+        """`StepResult.unsplit`; the first time that there is any, the log has it, too."""
+        found = {s: (len(stage.unsplit), stage.unsplit[0]) for s, stage in self._stages.items() if stage.unsplit}
+        if found and not self._told:
+            self._told = True  # a schedule that lives on the split is no better than 1F1B then
+            for index, (count, reason) in found.items():
+                _log.warning(
+                    "stage %d: the backward of %d of %d micro-batches could not be split and ran whole, because %s",
+                    *(index, count, self._filled, reason),
+                )
+        return found
+
     def _weight(self, size: int) -> float:
         return size / self._rows if self._mean else 1.0
 
@@ -306,10 +257,7 @@ class Executor:
             result: Output | None = None  # no rows: skipped on every stage
         else:
             slices = self._own[at.stage].microbatches
-            own, slices[i] = (
-                slices[i],
-                [],
-            )  # what a stage got is its own: nothing is held longer than its graph holds it
+            own, slices[i] = slices[i], []  # what a stage got is its own: its graph alone says how long it is held
             with nullcontext() if self._recorder is None else self._recorder.forward(at.stage, own):
                 # Several chunks may share parameters, which are complete only after the last chunk; and the halves of
                 # a backward may leave out parameters that a whole one would have reported. That another micro-batch has
@@ -382,7 +330,7 @@ class Executor:
     def _fail(self, error: BaseException, at: Instruction | None) -> NoReturn:
         """Tells the other ranks, cleans up, and raises what is this rank's to raise."""
         reducers = [stage.reducer for stage in self._stages.values() if stage.reducer is not None]
-        whole = all([reducer.cancel() for reducer in reducers])
+        whole = all([reducer.cancel() for reducer in reducers])  # a list: each of them is asked
         self._forget()
         grid = ""
         if at is not None:

@@ -54,7 +54,13 @@ class _Pending:
 
 @final
 class LoopbackTransport(Transport):
-    """One rank's view of a loopback pipeline; made by `loopback`."""
+    """One rank's view of a loopback pipeline; made by `loopback`.
+
+    Example:
+        >>> first, last = loopback(2)
+        >>> isinstance(last, LoopbackTransport), last.rank, last.num_ranks, last.name(first.rank)
+        (True, 1, 2, 'rank 0 of the pipeline')
+    """
 
     def __init__(
         self, rank: int, num_ranks: int, hub: _Hub, device: torch.device, watchdog: Watchdog | None = None

@@ -1,5 +1,7 @@
 """A plan, resolved for one rank: everything that does not change between steps is looked up once, here.
 
+::
+
     plan.actions[rank]  ->  instructions (who is at the other end, what may be forgotten)  +  edges
 
 Pure: no tensor, no transport. The executor walks the instructions.

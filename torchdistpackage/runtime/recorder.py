@@ -20,6 +20,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
 
 from torchdistpackage.runtime.program import Instruction
 from torchdistpackage.schedule import Action, Op, Span
@@ -84,16 +85,24 @@ class Recorder:
 
     @contextmanager
     def forward(self, stage: int, own: list[Any]) -> Iterator[None]:
-        """Surrounds a forward; measures what it saves, once for each stage."""
+        """Surrounds a forward; measures what it saves, once for each stage.
+
+        Args:
+            stage: Which one.
+            own: Its slices of its own inputs. They are windows on the user's whole batch, and count with their rows.
+        """
         if not self._memory or stage in self.activation_bytes:
             yield
             return
-        sizes: dict[int, int] = {leaf.data_ptr(): leaf.nbytes for leaf in own if isinstance(leaf, Tensor)}
+        slices = [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor)]
+        sizes: dict[int, int] = {leaf.data_ptr(): leaf.nbytes for leaf in slices}
+        batch = {leaf.untyped_storage().data_ptr() for leaf in slices}
 
         def pack(tensor: Tensor) -> Tensor:
             if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
                 storage = tensor.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
+                if storage.data_ptr() not in batch:
+                    sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -53,7 +53,7 @@ class Transport(ABC):
 
     Attributes:
         rank: This rank in the pipeline group.
-        num_ranks: p.
+        num_ranks: Ranks of the pipeline, p.
         global_ranks: All of them in the world, for messages to people.
         global_rank: This one.
         device: Where received CUDA tensors are put.
@@ -66,6 +66,14 @@ class Transport(ABC):
         partners: Ranks beside its neighbours that may wait for this one: they are told of a failure, too.
         timeout: Seconds after which a wait is given up.
         kind: What the ranks are together, for messages to people.
+
+    Example:
+        >>> from torchdistpackage.runtime import loopback
+        >>> transport = loopback(4)[2]
+        >>> transport.begin_step("a signature that all ranks share", training=False)
+        >>> transport.outlet(3).send_empty(Kind.FORWARD, stage=2, microbatch=0, rows=8)  # does not wait
+        >>> transport.allocate(3, 4096).shape, transport.epoch
+        (torch.Size([4096]), 0)
     """
 
     receives_ahead = 0

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from torchdistpackage.errors import ScheduleError
+from torchdistpackage.schedule.costs import CostModel
 from torchdistpackage.schedule.placement import Placement
-from torchdistpackage.schedule.simulate import CostModel
 
 __all__ = ["lower_bound", "memory_limits"]
 

@@ -8,7 +8,7 @@
     forward_only      0F0 0F1 0F2
     merge_backwards   ... 0I0 0W0 ...  ->  ... 0B0 ...          split_backwards: the other way round
 
-Neighbours: `registry.py` strings the passes together, `verify.py` judges what comes out.
+Neighbours: `building.py` strings the passes together, `verify.py` judges what comes out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 _GRAD_TO_WEIGHT = (Op.BACKWARD, Op.WEIGHT_GRAD)
-_COMMUNICATION = (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B)
 _new = tuple.__new__  # half the price of Action(...), which counts at 400,000 actions
 
 

@@ -32,6 +32,7 @@ __all__ = ["Plan"]
 
 ActionLists = tuple[tuple[Action, ...], ...]
 
+_COMMUNICATION = (Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B)
 _OVERLAPPED = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
 _FOREIGN = re.compile(r"\d+(UNSHARD|RESHARD|WAIT_SEND_[FB]|WAIT_REDUCE_GRAD)\d*")
 
@@ -75,8 +76,8 @@ class Plan:
 
     @cached_property
     def has_communication(self) -> bool:
-        """Whether sends and receives have been added to the compute actions."""
-        return any(action.op in (Op.SEND_F, Op.SEND_B) for row in self.actions for action in row)
+        """Whether there is any send or receive beside the compute actions."""
+        return any(action.op in _COMMUNICATION for row in self.actions for action in row)
 
     @cached_property
     def fingerprint(self) -> int:

@@ -25,12 +25,14 @@ from typing import NamedTuple, final
 
 from torchdistpackage.errors import ScheduleError
 from torchdistpackage.schedule.bounds import MemoryLimit, lower_bound, memory_limits
+from torchdistpackage.schedule.building import complete, outline
+from torchdistpackage.schedule.costs import CostModel
 from torchdistpackage.schedule.orders import warm_up, windowed
 from torchdistpackage.schedule.placement import Placement
 from torchdistpackage.schedule.plan import Plan
 from torchdistpackage.schedule.refill import merge, merge_all, order_of, refill
-from torchdistpackage.schedule.registry import complete, describe, names, outline
-from torchdistpackage.schedule.simulate import Clock, CostModel, Rows, encode, simulate
+from torchdistpackage.schedule.registry import describe, names
+from torchdistpackage.schedule.simulate import Clock, Rows, encode, simulate
 from torchdistpackage.schedule.timeline import Timeline
 
 __all__ = ["Candidate", "PlannedSchedule", "plan"]
@@ -53,6 +55,11 @@ class Candidate:
         makespan: Its time; infinite if it does not fit.
         peak: The most bytes that any rank holds.
         fits: Whether every rank stays within its memory limit.
+
+    Example:
+        >>> looked_at = plan(CostModel.uniform(2), 2, 4, memory_limit=2).candidates
+        >>> next(row for row in looked_at if row.name == "gpipe")
+        Candidate(name='gpipe', makespan=inf, peak=4.0, fits=False)
     """
 
     name: str
@@ -72,6 +79,13 @@ class PlannedSchedule:
         lower_bound: What no schedule of these stages on these ranks can beat.
         peak_bytes: The most bytes that each rank holds.
         candidates: Everything that was looked at, fastest first.
+
+    Example:
+        >>> found = plan(CostModel.uniform(2), 2, 4, memory_limit=2)
+        >>> found.plan.name, found.makespan, found.ratio, found.peak_bytes
+        ('zb-h1', 13.0, 1.0, (2.0, 2.0))
+        >>> found.timeline.bubble
+        (1.0, 1.0)
     """
 
     plan: Plan
@@ -105,8 +119,8 @@ def plan(
     Args:
         costs: Of p * v stages; or several cost models, the same model cut in different ways, of which the best is
             taken.
-        num_ranks: p.
-        num_microbatches: m.
+        num_ranks: Ranks of the pipeline, p.
+        num_microbatches: Micro-batches of a step, m.
         memory_limit: Bytes that a rank may hold (activations and the costs' static bytes), one number or one a rank.
         placement: Where the stages are, if that is settled; otherwise loop and v are tried.
 

@@ -28,6 +28,11 @@ class Span(NamedTuple):
         action: What was done.
         start: When it began, from the start of the step.
         end: When it was over, in the same unit.
+
+    Example:
+        >>> span = Span(Action.parse("0B1"), start=2.0, end=4.0)
+        >>> span.action.microbatch, span.end - span.start
+        (1, 2.0)
     """
 
     action: Action

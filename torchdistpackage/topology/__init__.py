@@ -3,6 +3,10 @@
 ======================  =====================================================================
 `rank_table.py`         arithmetic: the groups of every rank, without torch
 `process_groups.py`     makes and destroys torch process groups
+`connections.py`        ends what waits in a process group, from another thread
+`exchange.py`           plain data between the ranks of a group, outside of steps
+`same_host.py`          which ranks share a machine, and sockets between them
+`pipeline_links.py`     how the ranks of a pipeline, and the replicas of a stage, reach each other
 `context.py`            `tpc`, this rank's place in every group
 `checkpoint_suffix.py`  a file name of its own for every rank that holds other weights
 `launch.py`             `setup_distributed`: torchrun, SLURM or one process

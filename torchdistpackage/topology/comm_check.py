@@ -56,7 +56,19 @@ class CommRow:
 
 @dataclass(frozen=True)
 class CommReport:
-    """What `test_comm` measured, the same on every rank; `str(report)` is a table."""
+    """What `test_comm` measured, the same on every rank; `str(report)` is a table.
+
+    Attributes:
+        rows: one a group and operation, then one a link and direction.
+
+    Example:
+        >>> group = CommRow("group pipe (global ranks 0, 1)", "all_reduce", 4194304, 55.1, 2.405)
+        >>> link = CommRow("link pipe 0 -> 1 (global ranks 0 -> 1)", "send", 4194304, 27.3, 4.31)
+        >>> print(CommReport((group, link)))
+        what                                    operation     bytes  latency us  bandwidth GB/s
+        group pipe (global ranks 0, 1)          all_reduce  4194304        55.1           2.405
+        link pipe 0 -> 1 (global ranks 0 -> 1)  send        4194304        27.3           4.310
+    """
 
     rows: tuple[CommRow, ...]
 
@@ -110,11 +122,7 @@ def test_comm(
         Latency and bandwidth of each group and link; logged at INFO on global rank 0.
 
     Example:
-        >>> report = test_comm(numel=1 << 20)  # doctest: +SKIP
-        >>> print(report)  # doctest: +SKIP
-        what                                  operation     bytes  latency us  bandwidth GB/s
-        group pipe (global ranks 0, 1)        all_reduce  4194304        55.1           2.405
-        link pipe 0 -> 1 (global ranks 0 -> 1)  send      4194304        27.3           4.310
+        >>> print(test_comm(numel=1 << 20))  # on every rank; see `CommReport` for the table  # doctest: +SKIP
 
     Raises:
         TopologyError: torch.distributed is not initialised, or a size is below 1.

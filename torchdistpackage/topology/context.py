@@ -1,5 +1,7 @@
 """The topology context `tpc`: this rank's place in every group, for code in a user's training loop.
 
+::
+
     setup_distributed()
     tpc.setup_process_groups([("data", 2), ("pipe", 4)])
     tpc.get_pp_rank(), tpc.get_group("data"), tpc.is_last_in_pipeline_group()
@@ -52,7 +54,7 @@ class _State:
     owned: list[dist.ProcessGroup]
     control_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     mesh: DeviceMesh | None = None
-    links: PipelineLinks | None = None
+    links: PipelineLinks = field(init=False)  # made over the groups that are here
 
 
 class ParallelContext:
@@ -63,9 +65,9 @@ class ParallelContext:
     `get_group_rank` and the `get_*_rank` accessors answer the index in the group.
 
     Example:
-        >>> tpc.setup_process_groups([("pipe", 2)])  # doctest: +SKIP
+        >>> tpc.setup_process_groups([("data", 2), ("pipe", 2)])  # doctest: +SKIP
         >>> tpc.get_pp_rank(), tpc.get_next_global_rank(), tpc.get_dp_size()  # on global rank 1  # doctest: +SKIP
-        (1, 0, 1)
+        (1, 0, 2)
     """
 
     def __init__(self) -> None:
@@ -93,9 +95,6 @@ class ParallelContext:
             watchdog: seconds after which a rank that does not move inside of a step says, on every rank's log, what it
                 is doing or waiting for. It is given up after `timeout`.
 
-        Example:
-            >>> tpc.setup_process_groups([("data", 4), ("pipe", 2), ("tensor", 2)])  # doctest: +SKIP
-
         Raises:
             TopologyError: torch.distributed is not initialised, the sizes do not multiply to the world size, a name
                 is unknown, or the ranks disagree.
@@ -103,8 +102,7 @@ class ParallelContext:
         world, settings = initialised_world(), LinkSettings(timeout, same_host, watchdog)
         table = rank_table(dist.get_world_size(), config, custom_dims=custom_dims)
         self.reset()
-        modes = [mode for mode in table.modes if mode != "global"]
-        groups = create_groups({mode: (table, mode) for mode in modes}, timeout=timeout)
+        groups = create_groups({mode: (table, mode) for mode in table.modes if mode != "global"}, timeout=timeout)
         self._adopt(table, world, settings, groups, list(groups.values()))
 
     def setup_from_mesh(
@@ -145,7 +143,7 @@ class ParallelContext:
         return context
 
     def build_moe_groups(self, moe_dp_size: int | None = None, moe_ep_size: int | None = None) -> None:
-        """Create the "moe_dp" and "moe_ep" groups inside every data group; see `rank_table.moe_groups`.
+        """Create the "moe_dp" and "moe_ep" groups inside every data group; see `RankTable.with_moe`.
 
         Raises:
             TopologyError: no size is given, or they do not multiply to the data size.
@@ -212,9 +210,7 @@ class ParallelContext:
     @property
     def links(self) -> PipelineLinks:
         """How this rank reaches the others of its pipeline, and its replicas."""
-        links = self._require().links
-        assert links is not None
-        return links
+        return self._require().links
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -392,7 +388,12 @@ class ParallelContext:
 
 
 def is_using_pp() -> bool:
-    """Whether `tpc` has pipelines of more than one rank; False before any set-up."""
+    """Whether `tpc` has pipelines of more than one rank; False before any set-up.
+
+    Example:
+        >>> is_using_pp()  # in a plain process
+        False
+    """
     return tpc.is_mode_inited("pipe")
 
 

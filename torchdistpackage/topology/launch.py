@@ -21,7 +21,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -89,8 +89,8 @@ def setup_distributed(
         >>> rank, world_size, port, addr = setup_distributed()  # doctest: +SKIP
 
     Raises:
-        TopologyError: the launcher's variables are incomplete or not numbers, the backend needs a GPU and there is
-            none, or torch.distributed runs already in another way than asked.
+        TopologyError: the launcher's variables are incomplete or not numbers, the backend is unknown or needs a GPU
+            and there is none, or torch.distributed runs already in another way than asked.
     """
     global _started
     seconds = as_timedelta(timeout)
@@ -99,8 +99,7 @@ def setup_distributed(
         return _already_running(backend, wanted_port, seconds)
     tpc.reset()  # a former world's groups would keep its store, and so the port, alive
     backend = backend or ("nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
-    if "nccl" in backend and not torch.cuda.is_available():
-        raise TopologyError(f"backend {backend!r} needs CUDA, and torch sees no GPU here; use backend='gloo'")
+    _check_backend(backend)
     plan = _find_launch(os.environ, wanted_port)
     rank, world_size, store_port, addr = plan.launch
     if torch.cuda.is_available():
@@ -108,21 +107,12 @@ def setup_distributed(
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     if plan.source == "slurm":
         _export(plan)
+    store = _agents_store(plan.launch, seconds) if plan.source == "torchrun" and _agent_has_the_store() else None
     host = f"[{addr}]" if ":" in addr else addr
-    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and plan.source == "torchrun"
-    store = None
-    if (
-        agent_store
-    ):  # it serves all restarts: without a prefix a rank would find the addresses of processes that are gone
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        client = dist.TCPStore(  # type: ignore[attr-defined]
-            addr, store_port, world_size, is_master=False, timeout=seconds or dist.constants.default_pg_timeout
-        )
-        store = dist.PrefixStore(f"attempt_{attempt}", client)  # type: ignore[attr-defined]
     dist.init_process_group(
         backend,
         store=store,
-        init_method=None if agent_store else f"tcp://{host}:{store_port}",
+        init_method=f"tcp://{host}:{store_port}" if store is None else None,
         rank=rank,
         world_size=world_size,
         timeout=seconds,
@@ -136,7 +126,7 @@ def setup_distributed(
 
 def store_host() -> int | None:
     """The global rank in whose process the key-value store is; None where the launcher has it."""
-    return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+    return None if _agent_has_the_store() else 0
 
 
 def find_free_port() -> str:
@@ -151,11 +141,41 @@ def find_free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def _check_backend(backend: str) -> None:
+    names = [part.rpartition(":")[2].lower() for part in backend.split(",")]
+    known = [name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise TopologyError(
+            f"backend {backend!r}: torch does not know {', '.join(map(repr, unknown))}; it has {', '.join(known)}, and "
+            "takes one for each kind of device, as in 'cpu:gloo,cuda:nccl'"
+        )
+    if "nccl" in names and not torch.cuda.is_available():
+        raise TopologyError(f"backend {backend!r} needs CUDA, and torch sees no GPU here; use backend='gloo'")
+
+
+def _agent_has_the_store(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the key-value store is in torchrun's own process, which outlives its workers."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _agents_store(launch: Launch, timeout: timedelta | None) -> Any:
+    """A part of torchrun's store for these processes alone.
+
+    It serves all restarts: without a prefix a rank would find the addresses of processes that are gone.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    wait = timeout or dist.constants.default_pg_timeout
+    client = dist.TCPStore(  # type: ignore[attr-defined]
+        launch.addr, launch.port, launch.world_size, is_master=False, timeout=wait
+    )
+    return dist.PrefixStore(f"attempt_{attempt}", client)  # type: ignore[attr-defined]
+
+
 def _already_running(backend: str | None, port: int | None, timeout: timedelta | None) -> Launch:
     """The values of the running world, if they are what this call asks for."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    ours = _started is not None and _started.launch[:2] == (rank, world_size)
-    if ours and _started is not None:
+    if _started is not None and _started.launch[:2] == (rank, world_size):
         launch, running_timeout = _started.launch, _started.timeout
     else:  # somebody else called init_process_group; 0 and "" where the environment does not know
         running_port = os.environ.get("MASTER_PORT", "")
@@ -168,7 +188,7 @@ def _already_running(backend: str | None, port: int | None, timeout: timedelta |
             f"torch.distributed runs already with {dist.get_backend_config()}, this call asks for backend {backend!r}; "
             "call torch.distributed.destroy_process_group() first, or leave backend out"
         )
-    if port is not None and launch.port and port != launch.port and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"):
+    if port is not None and launch.port and port != launch.port and not _agent_has_the_store():
         raise TopologyError(f"torch.distributed runs already at port {launch.port}, and this call asks for {port}")
     if timeout is not None and timeout != running_timeout:
         raise TopologyError(
@@ -197,7 +217,7 @@ def _find_launch(environment: Mapping[str, str], port: int | None) -> _Plan:
             f"the launcher's environment is incomplete: {', '.join(missing)} missing; start with torchrun, or set "
             "them all, or unset RANK and WORLD_SIZE for a single process"
         )
-    if port is None or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if port is None or _agent_has_the_store(environment):
         port = _variable(environment, "MASTER_PORT")
     rank, world_size = _variable(environment, "RANK"), _variable(environment, "WORLD_SIZE")
     local_rank = _variable(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else None

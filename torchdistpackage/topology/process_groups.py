@@ -102,7 +102,7 @@ def edge_groups(
     """Two more groups of a pipeline's ranks, one for each direction; none where its tensors move through the host."""
     if communication_device(group).type != "cuda":
         return {}
-    return create_groups({side: (table, "pipe") for side in ("pipe:up", "pipe:down")}, timeout=timeout)
+    return create_groups(dict.fromkeys(("pipe:up", "pipe:down"), (table, "pipe")), timeout=timeout)
 
 
 def moves_cpu_tensors(group: dist.ProcessGroup | None) -> bool:
@@ -154,11 +154,18 @@ def as_timedelta(timeout: timedelta | float | None) -> timedelta | None:
     """A time-out given in seconds, or as torch wants it; None stays None.
 
     Raises:
-        TopologyError: it is not positive.
+        TopologyError: it is not positive, or not finite.
+
+    Example:
+        >>> as_timedelta(90)
+        datetime.timedelta(seconds=90)
     """
     if timeout is None:
         return None
-    result = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+    try:
+        result = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+    except (TypeError, ValueError, OverflowError):
+        raise TopologyError(f"a time-out is a timedelta or a finite number of seconds, got {timeout!r}") from None
     if result <= timedelta(0):
         raise TopologyError(f"a time-out must be positive, got {timeout!r}")
     return result

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from torchdistpackage.errors import TopologyError
 
-__all__ = ["ALIASES", "STANDARD_MODES", "RankTable", "mesh_config", "moe_groups", "node_groups", "rank_table"]
+__all__ = ["ALIASES", "STANDARD_MODES", "RankTable", "mesh_config", "node_groups", "rank_table"]
 
 STANDARD_MODES = ("data", "pipe", "tensor", "model")
 """The names that have accessors of their own; a topology without one of them has it with size 1."""
@@ -110,7 +110,15 @@ class RankTable:
         )
 
     def with_moe(self, moe_dp_size: int | None = None, moe_ep_size: int | None = None) -> RankTable:
-        """The same table with the modes "moe_dp" and "moe_ep", two cuts of every data group; see `moe_groups`.
+        """The same table with the modes "moe_dp" and "moe_ep": mixture-of-experts groups inside every data group.
+
+        Expert-parallel groups ("moe_ep") are runs of neighbours in the data group; the ranks with the same place in
+        their run hold the same experts and form a data-parallel group ("moe_dp"). One of the sizes is enough.
+
+        Example:
+            >>> table = rank_table(8, [("data", 4), ("tensor", 2)]).with_moe(moe_ep_size=2)
+            >>> table.group_of("data", 0), table.group_of("moe_ep", 0), table.group_of("moe_dp", 0)
+            ((0, 2, 4, 6), (0, 2), (0, 4))
 
         Raises:
             TopologyError: neither size is given, they do not multiply to the data size, or there is no data dim.
@@ -187,28 +195,6 @@ def rank_table(world_size: int, config: Sequence[tuple[str, float]], *, custom_d
             f"{shape} = {math.prod(sizes)} ranks, but the world has {world_size}; {_advice(world_size, dims, sizes)}"
         )
     return RankTable(dims, sizes)
-
-
-def moe_groups(
-    world_size: int,
-    config: Sequence[tuple[str, float]],
-    moe_dp_size: int | None = None,
-    moe_ep_size: int | None = None,
-) -> RankTable:
-    """The table of `config` with mixture-of-experts groups inside every data group.
-
-    Expert-parallel groups ("moe_ep") are runs of neighbours in the data group; the ranks with the same place in their
-    run hold the same experts and form a data-parallel group ("moe_dp"). One of the sizes is enough.
-
-    Example:
-        >>> table = moe_groups(8, [("data", 4), ("tensor", 2)], moe_ep_size=2)
-        >>> table.group_of("data", 0), table.group_of("moe_ep", 0), table.group_of("moe_dp", 0)
-        ((0, 2, 4, 6), (0, 2), (0, 4))
-
-    Raises:
-        TopologyError: as `rank_table` and `RankTable.with_moe`.
-    """
-    return rank_table(world_size, config).with_moe(moe_dp_size, moe_ep_size)
 
 
 def node_groups(world_size: int, num_per_node: int) -> tuple[tuple[int, ...], ...]:

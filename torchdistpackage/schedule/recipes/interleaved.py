@@ -45,8 +45,8 @@ def interleaved_one_f_one_b(
 
     Args:
         rank: Whose actions.
-        num_ranks: p.
-        num_microbatches: m.
+        num_ranks: Ranks of the pipeline, p.
+        num_microbatches: Micro-batches of a step, m.
         chunks: v, the stages of a rank.
         group_size: g, the micro-batches that pass a chunk before the rank turns to the next one; p unless given.
             Larger groups hide messages better and hold more activations, g >= m is breadth-first. With more than one

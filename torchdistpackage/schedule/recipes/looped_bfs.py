@@ -29,8 +29,8 @@ def looped_breadth_first(rank: int, num_ranks: int, num_microbatches: int, *, ch
 
     Args:
         rank: Whose actions.
-        num_ranks: p.
-        num_microbatches: m.
+        num_ranks: Ranks of the pipeline, p.
+        num_microbatches: Micro-batches of a step, m.
         chunks: v, the stages of a rank.
 
     Example:

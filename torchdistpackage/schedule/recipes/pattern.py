@@ -64,8 +64,8 @@ def pattern(
 
     Args:
         rank: Whose actions.
-        num_ranks: p.
-        num_microbatches: m.
+        num_ranks: Ranks of the pipeline, p.
+        num_microbatches: Micro-batches of a step, m.
         offsets: For every stage the slots of micro-batch 0: (F, B) with a whole backward, (F, I, W) with a split one;
             None for W is the first free slot after its I, first come, first served.
         period: Slots from one group of micro-batches to the next.
