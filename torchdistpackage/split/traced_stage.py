@@ -115,13 +115,26 @@ class TracedStage(nn.Module):
         >>> first, last = pipe.get_stage_module(0), pipe.get_stage_module(1)
         >>> torch.equal(last(first(x)), model(x)), list(last.state_dict()), last.get_submodule("2") is model[2]
         (True, ['2.weight', '2.bias'], True)
+        >>> first.is_first_stage, first.is_last_stage
+        (True, False)
     """
 
     def __init__(self, index: int, num_stages: int, kind: str) -> None:
         super().__init__()
         self._at, self._kind = f"stage {index} of {num_stages}", kind
+        self._is_first_stage, self._is_last_stage = index == 0, index == num_stages - 1
         self._codes: dict[bool, Code | str] = {}
         self._constants = SimpleNamespace()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the model's input enters here."""
+        return self._is_first_stage
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the model's output, and with it the loss, comes from here."""
+        return self._is_last_stage
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the stage.
