@@ -35,7 +35,12 @@ def _modules_of(package: str) -> list[str]:
     return [".".join(file.parts).removesuffix(".__init__") for file in files]
 
 
-for _name in [*_OTHERS, *_modules_of("torchdistpackage")]:
+def _is_free(module: str) -> bool:
+    """Whether importing it changes nothing: once `split.parts` is imported, pipelines ask for Bottoms and Tops."""
+    return not module.startswith(("torchdistpackage.split.parts", "torchdistpackage.cli", "torchdistpackage.__main__"))
+
+
+for _name in [*_OTHERS, *filter(_is_free, _modules_of("torchdistpackage"))]:
     with contextlib.suppress(Exception):
         importlib.import_module(_name)
 gc.freeze()  # a rank's collector passes over what is here, so it neither reads nor copies these pages

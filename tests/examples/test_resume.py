@@ -272,6 +272,7 @@ SMALL = ["--depth", 2, "--drop-path", 0.2, "--warmup-epochs", 0.5]
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, start):
     options = [*SMALL, "--pp", 2, "--epochs", 1, "--steps-limit", 6, "--checkpoint-every", 2]
     undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
     run_in_ranks(
         "train_deit.py", *options, "--output", undisturbed, "--log-losses", undisturbed / "losses", processes=2
     )
