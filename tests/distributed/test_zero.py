@@ -369,10 +369,14 @@ def test_fewer_elements_than_ranks():
 def unlike_ranks(rank, world):
     dist.init_process_group("gloo")
     torch.manual_seed(rank)
-    model = nn.Linear(4, 1, bias=False)
+    model, later = nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)
     optimizer = Bf16ZeroOptimizer(torch.optim.SGD(model.parameters(), lr=0.0))
+    optimizer.add_param_group({"params": list(later.parameters())})
+    of_this_rank = later.weight.detach().clone()
     model(torch.ones(1, 4)).sum().backward()
+    later(torch.ones(1, 4)).sum().backward()
     optimizer.step()
+    assert torch.equal(later.weight, of_this_rank)  # no mixture of what the ranks had
     with pytest.raises(PipelineError, match="replicas of a Bf16ZeroOptimizer have different trainable parameters"):
         Bf16ZeroOptimizer(torch.optim.SGD(nn.Linear(4, 4 + rank).parameters(), lr=0.1))
     with pytest.raises(PipelineError, match="cannot be copied or pickled"):
@@ -381,9 +385,10 @@ def unlike_ranks(rank, world):
         Bf16ZeroOptimizer(torch.optim.SGD(nn.Linear(2, 2, device="meta").parameters(), lr=0.1))
     with pytest.raises(TopologyError, match="dp_group is a str"):
         Bf16ZeroOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), "data")
-    return model.weight.detach()
+    return model.weight.detach(), later.weight.detach()
 
 
 def test_ranks_start_alike():
     first, second = run_distributed(unlike_ranks, 2)
-    assert torch.equal(first, second)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])

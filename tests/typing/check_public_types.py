@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor.parallel.style import ParallelStyle
 from typing_extensions import assert_type
 
 import torchdistpackage as tdp
@@ -29,6 +30,7 @@ from torchdistpackage.schedule import (
     simulate,
 )
 from torchdistpackage.split import parts
+from torchdistpackage.tools import ModelProfile, NanFinder
 from torchdistpackage.topology import CommReport, RankTable, rank_table
 from torchdistpackage.trainer import TrainOutput
 from torchdistpackage.visualize import chrome_trace, text_grid, unit_timeline
@@ -71,6 +73,32 @@ assert_type(tdp.PipelineError().microbatch, int | None)
 assert_type(tdp.NonFiniteError().module, str | None)
 assert_type(tdp.Routed({1: ()}).skips, tuple[tuple[int, int], ...])
 assert_type(tdp.NaiveDDP(nn.Linear(2, 2)).reduce_gradients(), None)
+assert_type(tdp.MoEDP([nn.Parameter(torch.ones(2))]).expert_params, dict[str, torch.Tensor])
+assert_type(tdp.create_moe_dp_hooks([nn.Parameter(torch.ones(2))]), tdp.MoEDP)
+assert_type(tdp.moe_dp_iter_step(), None)
+assert_type(tdp.Bf16ZeroOptimizer(torch.optim.SGD([], lr=0.1)).state_dict(), dict[str, Any])
+assert_type(tdp.PipelineGradScaler("cpu").get_scale(), float)
+assert_type(tdp.forward_eval(lambda x: x), Any)
+assert_type(tdp.partition_balanced([nn.Linear(2, 2)]), list[nn.Module])
+assert_type(tdp.flat_and_partition(nn.Sequential()), list[nn.Module])
+assert_type(tdp.partition_causal_lm(nn.Linear(2, 2)), dict[int, nn.Module])
+assert_type(tdp.load_causal_lm("whole"), dict[int, nn.Module])
+assert_type(tdp.save_causal_lm({}, "whole"), None)
+assert_type(tdp.generate({}, torch.ones(1, 1)), Any)
+assert_type(tdp.split_model(nn.Linear(2, 2), torch.ones(1, 2)), tdp.Pipe)
+assert_type(tdp.last_plan(), Plan | None)
+assert_type(tdp.draw_last_step("step.png"), None)
+assert_type(tdp.tie_parameters("weight", None), None)
+assert_type(tdp.tensor_parallel_plan(nn.Linear(2, 2)), dict[str, ParallelStyle])
+assert_type(tdp.find_nan(nn.Linear(2, 2)), NanFinder)
+assert_type(tdp.get_model_profile(nn.Linear(2, 2)), ModelProfile)
+assert_type(tdp.register_profile_hooks(nn.Linear(2, 2)), ModelProfile)
+assert_type(tdp.report_prof({}), ModelProfile)
+assert_type(tdp.replace_all_module(nn.Linear(2, 2), lambda n, m: False, lambda n, m: m), nn.Linear)
+assert_type(tdp.AutoPipeline(world_mesh=None).build(nn.Linear(2, 2)), tdp.AutoPipeline)
+assert_type(tdp.AutoPipeline(world_mesh=None).info, tdp.PipelineInfo)
+assert_type(tdp.AutoPipelineConfig().validate(), None)
+assert_type(tdp.PipelineTrainingArguments().train_steps(3), int)
 assert_type(tdp.apply_tensor_parallel(nn.Linear(2, 2)), nn.Module)
 assert_type(tdp.ShardedEMA(nn.Linear(2, 2)).num_updates, int)
 assert_type(tdp.fix_rand(), int)

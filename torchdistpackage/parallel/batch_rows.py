@@ -36,7 +36,9 @@ def rows_on_every_rank(count: Callable[[], int | None], owner: int = 0, given: I
         TopologyError: Process groups have not been set up.
 
     Example:
-        >>> rows = rows_on_every_rank(lambda: len(samples) if tpc.is_first_in_pipeline_group() else None)
+        >>> samples = torch.zeros(6, 2)  # on the rank of the first stage
+        >>> rows_on_every_rank(lambda: len(samples))
+        6
     """
     state = current_state()
     transport = state.transport

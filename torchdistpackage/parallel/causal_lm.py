@@ -57,7 +57,11 @@ def partition_causal_lm(
         TopologyError: The process groups are not set up.
 
     Example:
-        >>> parts = partition_causal_lm(model, "zb-v")  # on rank 0 of 4: {0: ..., 7: ...}
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+        >>> parts = partition_causal_lm(model, "zb-v")
+        >>> list(parts)  # on one rank; rank 0 of 4 has stages 0 and 7
+        [0, 1]
         >>> fwd_fn = [lambda x, part=part: part(x) for part in parts.values()]
         >>> parameters = list(nn.ModuleList(parts.values()).parameters())  # a tied one of both ends once
     """
@@ -95,7 +99,10 @@ def generate(
         PipelineError: A cache is given, or another rank failed.
 
     Example:
-        >>> tokens = generate(parts, prompt_ids, max_new_tokens=100, do_sample=True, top_k=50)
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+        >>> generate(partition_causal_lm(model), torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=True).shape
+        torch.Size([1, 7])
     """
     with guarded("generate"):
         parts = {index: unwrapped(part) for index, part in parts.items()}

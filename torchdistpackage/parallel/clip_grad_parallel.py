@@ -1,5 +1,7 @@
 """Gradient clipping by the norm of the whole model, of which each rank holds a part.
 
+::
+
     ||g||_p = ( sum over ranks of ||g_rank||_p ^ p ) ^ (1/p)         p-th powers are added, never norms
 
 Every rank of the pipeline takes part, with or without gradients, and every rank gets the same norm, so that all ranks
@@ -68,9 +70,12 @@ def clip_grad_norm_(
         TopologyError: Process groups have not been set up.
 
     Example:
-        >>> forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
-        >>> total_norm = clip_grad_norm_(model.parameters(), 1.0)
-        >>> optimizer.step()
+        >>> stage = torch.nn.Linear(3, 1, bias=False)
+        >>> stage(torch.full((1, 3), 2.0)).sum().backward()  # in a loop: forward_backward(...)
+        >>> clip_grad_norm_(stage.parameters(), 1.0)
+        tensor(3.4641)
+        >>> stage.weight.grad.norm()
+        tensor(1.0000)
     """
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     own = list({id(parameter): parameter for parameter in given}.values())  # chunks of one rank may share some

@@ -61,7 +61,9 @@ class DDP(DistributedDataParallel):
         PipelineError: A parameter is a DTensor, which torch's wrapper cannot hold.
 
     Example:
-        >>> model = DDP(torch.nn.Sequential(*partition_uniform(layers)))
+        >>> stage = DDP(nn.Linear(4, 1), find_unused_parameters=True)
+        >>> stage(torch.ones(8, 4)).shape, [name for name, _ in stage.named_parameters()]
+        (torch.Size([8, 1]), ['module.weight', 'module.bias'])
     """
 
     def __init__(self, module: nn.Module, *, process_group: Any = None, **options: Any) -> None:

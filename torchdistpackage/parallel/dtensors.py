@@ -1,5 +1,7 @@
 """What the data-parallel family and the norm ask of a DTensor, torch's tensor that knows how it is sharded.
 
+::
+
     Shard over a group       every rank has other elements       Replicate       every rank has all of them
     Partial                  every rank has a summand: gradients of what is whole but ran on other tokens or heads
 

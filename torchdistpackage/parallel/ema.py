@@ -1,5 +1,7 @@
 """An exponential moving average of a model's weights, of which each data-parallel rank holds its share.
 
+::
+
     unsharded:  every rank    ema = decay * ema + (1 - decay) * parameter     for all elements
     here:       rank r        the same operation                             for its 1/d of the elements
 
@@ -63,16 +65,16 @@ class ShardedEMA:
         ValueError: dtype is not a floating dtype.
 
     Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.constant_(model.weight, 1.0)
         >>> ema = ShardedEMA(model)
-        >>> for x, y in batches:
-        ...     forward_backward(optimizer, fwd_fn, None, [x, y], num_microbatches=4)
-        ...     optimizer.step()
-        ...     ema.update(model, decay=0.999)
+        >>> _ = nn.init.constant_(model.weight, 3.0)  # in a loop: optimizer.step()
+        >>> ema.update(model, decay=0.5)
         >>> with ema.applied_to(model):
-        ...     validate(model)
-        >>> state = ema.state_dict_cpu()  # on every rank; all of it on the first of each data group
-        >>> if state:
-        ...     torch.save(state, "ema" + get_mp_ckpt_suffix())
+        ...     model(torch.ones(1, 2)).item()
+        4.0
+        >>> ema.state_dict_cpu()  # called on every rank; {} on all but the first of each data group
+        {'weight': tensor([[2., 2.]])}
     """
 
     def __init__(
@@ -305,8 +307,14 @@ class ShardedEMA:
         Collective. It holds a copy of the model's weights and buffers meanwhile, beside them.
 
         Example:
+            >>> model = nn.BatchNorm1d(2)
+            >>> ema = ShardedEMA(model)
+            >>> _ = nn.init.zeros_(model.weight)
             >>> with ema.applied_to(model):
-            ...     loss = forward_backward(None, fwd_fn, None, [x, y], 4, forward_only=True)
+            ...     model.weight.tolist()
+            [1.0, 1.0]
+            >>> model.weight.tolist()
+            [0.0, 0.0]
         """
         saved: dict[str, Tensor] = {}
         before = self._applied

@@ -1,5 +1,7 @@
 """Loss scaling for float16 when each rank holds a part of the model: torch's scaler, of which all ranks agree.
 
+::
+
     found_inf = max over the ranks of the pipe, tensor and data groups of found_inf of that rank's gradients
 
 `torch.amp.GradScaler` decides from the gradients that it sees. Here each rank sees other ones, and a rank that skips a
@@ -53,13 +55,18 @@ class PipelineGradScaler(torch.amp.GradScaler):
         PipelineError: From the first `unscale_` or `step`, on every rank: no rank of the pipeline has called `scale`.
 
     Example:
-        >>> scaler = PipelineGradScaler()
+        >>> from torchdistpackage import clip_grad_norm_, forward_backward
+        >>> stage = torch.nn.Linear(4, 1)
+        >>> optimizer, scaler = torch.optim.SGD(stage.parameters(), lr=0.1), PipelineGradScaler("cpu", init_scale=8.0)
         >>> def fwd_fn(x):
-        ...     with torch.autocast("cuda", torch.float16):
-        ...         return criterion(stage(x[0]), x[1]) if tpc.is_last_in_pipeline_group() else stage(x)
-        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4, scaler=scaler)
+        ...     with torch.autocast("cpu", torch.float16):
+        ...         return stage(x).float().mean()
+        >>> loss = forward_backward(optimizer, fwd_fn, None, torch.ones(8, 4), num_microbatches=4, scaler=scaler)
+        >>> stage.bias.grad
+        tensor([8.])
         >>> scaler.unscale_(optimizer)  # only if something reads the gradients, as here
-        >>> clip_grad_norm_(stage.parameters(), 1.0)
+        >>> clip_grad_norm_(stage.parameters(), 10.0), stage.bias.grad
+        (tensor(2.2361), tensor([1.]))
         >>> scaler.step(optimizer)
         >>> scaler.update()
     """

@@ -60,9 +60,13 @@ class MoEDP:
         TopologyError: There is no such group; `dp_rank0` is not in it.
 
     Example:
-        >>> experts = MoEDP(dict(model.experts.named_parameters()), process_group=tpc.get_group("moe_dp"))
-        >>> model(samples).mean().backward()
+        >>> import torch
+        >>> expert = nn.Linear(2, 1, bias=False)
+        >>> experts = MoEDP({"experts.0.weight": expert.weight}, process_group=dist.group.WORLD)
+        >>> expert(torch.ones(1, 2)).sum().backward()
         >>> experts.reduce_gradients()
+        >>> experts.expert_params["experts.0.weight"].grad
+        tensor([[1., 1.]])
     """
 
     def __init__(
@@ -244,11 +248,15 @@ def create_moe_dp_hooks(
         TopologyError: There is no such group; `moe_dp_rank0` is not in it.
 
     Example:
-        >>> tpc.build_moe_groups(moe_ep_size=2)
-        >>> experts = {name: p for name, p in model.named_parameters() if ".experts." in name}
+        >>> from torchdistpackage import NaiveDDP
+        >>> _ = tpc.build_moe_groups(moe_ep_size=1)  # 2: each expert on every second replica
+        >>> model = nn.ModuleDict({"router": nn.Linear(2, 2), "experts": nn.ModuleList([nn.Linear(2, 2)])})
+        >>> experts = {name: p for name, p in model.named_parameters() if name.startswith("experts.")}
         >>> model._ddp_params_and_buffers_to_ignore = list(experts)
         >>> wrapped = NaiveDDP(model)
         >>> hooks = create_moe_dp_hooks(experts, tpc.get_group("moe_dp"), tpc.get_ranks_in_group("moe_dp")[0])
+        >>> list(hooks.expert_params)
+        ['experts.0.weight', 'experts.0.bias']
     """
     return MoEDP(
         params,
@@ -269,10 +277,13 @@ def moe_dp_iter_step() -> None:
         PipelineError: Another rank has failed.
 
     Example:
-        >>> model(samples).mean().backward()
-        >>> wrapped.reduce_gradients()
-        >>> moe_dp_iter_step()
-        >>> optimizer.step()
+        >>> import torch
+        >>> expert = nn.Linear(2, 1, bias=False)
+        >>> hooks = create_moe_dp_hooks(expert.parameters(), dist.group.WORLD)
+        >>> expert(torch.ones(1, 2)).sum().backward()
+        >>> moe_dp_iter_step()  # beside wrapped.reduce_gradients(), and before optimizer.step()
+        >>> expert.weight.grad
+        tensor([[1., 1.]])
     """
     for experts in _in_order():
         experts.reduce_gradients()
@@ -297,4 +308,4 @@ def _named(params: Any) -> dict[str, Tensor]:
         )
     if not pairs:
         raise PipelineError("there are no parameters: a rank without experts of a group must not be in that group")
-    return {name: p for name, p in {id(p): (name, p) for name, p in pairs}.values()}
+    return dict({id(p): (name, p) for name, p in pairs}.values())

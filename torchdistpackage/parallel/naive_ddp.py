@@ -1,5 +1,7 @@
 """`NaiveDDP`: data parallelism that the user asks for gradients, once an iteration.
 
+::
+
     loss = model(x).mean()
     loss.backward()              # buckets are reduced while it runs
     model.reduce_gradients()     # waits, and reduces what is left
@@ -65,12 +67,15 @@ class NaiveDDP(nn.Module):
         TopologyError: torch.distributed is not initialised, or `dp_rank0` is not in the group.
 
     Example:
-        >>> model = NaiveDDP(stage)
-        >>> for samples, targets in loader:
+        >>> model = NaiveDDP(nn.Linear(2, 1, bias=False))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> for samples in torch.ones(3, 4, 2):
         ...     optimizer.zero_grad()
-        ...     criterion(model(samples), targets).backward()
+        ...     model(samples).sum().backward()
         ...     model.reduce_gradients()
         ...     optimizer.step()
+        >>> model.weight.grad  # the mean over the replicas
+        tensor([[4., 4.]])
     """
 
     def __init__(
@@ -132,10 +137,13 @@ class NaiveDDP(nn.Module):
         """Inside of it gradients only add up; the next reduction after it is of them all.
 
         Example:
+            >>> model = NaiveDDP(nn.Linear(2, 1, bias=False))
             >>> with model.no_sync():
-            ...     model(first).mean().backward()
-            >>> model(second).mean().backward()
+            ...     model(torch.ones(1, 2)).sum().backward()
+            >>> model(torch.ones(3, 2)).sum().backward()
             >>> model.reduce_gradients()
+            >>> model.weight.grad
+            tensor([[4., 4.]])
         """
         self._no_sync += 1
         try:

@@ -33,8 +33,11 @@ def check_parts(parts: BaseSplitModel | Mapping[int, BaseSplitModel]) -> None:
         PipelineError: Another rank has failed.
 
     Example:
-        >>> check_parts(part)
-        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
+        On each of three ranks::
+
+            part = ModelFactory.create_split_models("gpt2", directory, 4, 8, parts=[name])[name]  # "bottom", ...
+            check_parts(part)
+            loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
     """
     own = parts if isinstance(parts, Mapping) else {tpc.get_pp_rank(): parts}
     with guarded("check_parts"):

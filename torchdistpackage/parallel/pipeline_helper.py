@@ -60,8 +60,10 @@ def partition_uniform(
         TopologyError: Neither is given and the process groups are not set up.
 
     Example:
-        >>> flat_model = flatten_model(model, layer_list, return_list=True)
-        >>> model = torch.nn.Sequential(*partition_uniform(flat_model))
+        >>> layers = [nn.Linear(2, 2) for _ in range(5)]
+        >>> [len(partition_uniform(layers, num_stages=2, stage=stage)) for stage in range(2)]
+        [3, 2]
+        >>> stage = nn.Sequential(*partition_uniform(layers))  # this rank's
     """
     here = _place(num_stages, stage)
     row = flatten_sequence(flat_sequence, 0)
@@ -99,7 +101,11 @@ def partition_balanced(
         TopologyError: Neither num_stages nor stage is given and the process groups are not set up.
 
     Example:
-        >>> model = torch.nn.Sequential(*partition_balanced(flat_model, costs="flops", example_input=images[:1]))
+        >>> layers = [nn.Linear(2, 64), nn.Linear(64, 64), nn.Linear(64, 2), nn.Linear(2, 2), nn.Linear(2, 2)]
+        >>> [len(partition_balanced(layers, num_stages=2, stage=stage)) for stage in range(2)]
+        [1, 4]
+        >>> import torch
+        >>> stage = nn.Sequential(*partition_balanced(layers, costs="flops", example_input=torch.zeros(1, 2)))
     """
     here = _place(num_stages, stage)
     row = flatten_sequence(flat_sequence, 0)
@@ -142,12 +148,19 @@ def partition_chunks(
         TopologyError: The process groups are not set up.
 
     Example:
-        >>> stages = partition_chunks(layers, "zb-v")  # on rank 0 of 4: {0: Sequential(...), 7: Sequential(...)}
+        >>> import torch
+        >>> from torchdistpackage import forward_backward, tpc
+        >>> stages = partition_chunks([nn.Linear(2, 2) for _ in range(5)], "zb-v")
+        >>> {index: len(stage) for index, stage in stages.items()}  # on one rank; rank 0 of 4 has stages 0 and 7
+        {0: 3, 1: 2}
+        >>> end, samples, targets = 2 * tpc.get_pp_size() - 1, torch.ones(8, 2), torch.zeros(8, 2)
         >>> def last(x):
-        ...     return criterion(stages[7](x[0]), x[1])
-        >>> fwd_fn = [last if index == 7 else stage for index, stage in stages.items()]
-        >>> inputs = [samples if index == 0 else [targets] if index == 7 else None for index in stages]
-        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, 8, schedule="zb-v")
+        ...     return nn.functional.mse_loss(stages[end](x[0]), x[1])
+        >>> fwd_fn = [last if index == end else stage for index, stage in stages.items()]
+        >>> inputs = [samples if index == 0 else [targets] if index == end else None for index in stages]
+        >>> loss = forward_backward(None, fwd_fn, None, inputs, 8, schedule="zb-v")
+        >>> all(p.grad is not None for stage in stages.values() for p in stage.parameters())
+        True
     """
     from torchdistpackage.topology import tpc
 
@@ -180,7 +193,9 @@ def flat_and_partition(
         SplitError: The policy is unknown, or as the partition functions.
 
     Example:
-        >>> layers = flat_and_partition(model, partition_policy="balanced", costs="time", example_input=images)
+        >>> model = nn.Sequential(nn.Linear(2, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2)))
+        >>> flat_and_partition(model, num_stages=2, stage=0)
+        [Linear(in_features=2, out_features=8, bias=True), ReLU()]
     """
     policies: dict[str, Callable[..., list[nn.Module]]] = {"uniform": partition_uniform, "balanced": partition_balanced}
     if partition_policy not in policies:

@@ -1,5 +1,7 @@
 """The face: one pipelined step inside the user's own loop.
 
+::
+
     for samples, targets in loader:
         loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
         clip_grad_norm_(model.parameters(), 1.0)
@@ -110,12 +112,16 @@ def forward_backward(
             rank's own exceptions come as they are. After either the same objects can run the next step.
 
     Example:
+        >>> stage, criterion = nn.Linear(2, 2), nn.MSELoss()  # this rank's; on one rank the first and the last
+        >>> optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+        >>> first, last = tpc.is_first_in_pipeline_group(), tpc.is_last_in_pipeline_group()
         >>> def fwd_fn(x):
-        ...     if tpc.is_last_in_pipeline_group():
-        ...         return criterion(stage(x[0]), x[1])
-        ...     return stage(x)
-        >>> inputs = samples if tpc.is_first_in_pipeline_group() else [targets]
+        ...     return criterion(stage(x[0]), x[1]) if last else stage(x)
+        >>> samples, targets = torch.ones(8, 2), torch.zeros(8, 2)
+        >>> inputs = [values for values, here in ((samples, first), (targets, last)) if here] or None
         >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
+        >>> torch.allclose(loss, criterion(stage(samples), targets)), stage.weight.grad is not None
+        (True, True)
     """
     kept = current_state()
     size = kept.transport.num_ranks
@@ -171,7 +177,10 @@ def forward_eval(fwd_fn: ForwardFn, inputs: Any = None, dtype: torch.dtype | Non
         On the rank of the last stage its output; None elsewhere.
 
     Example:
-        >>> logits = forward_eval(model, images if tpc.is_first_in_pipeline_group() else None)
+        >>> stage, samples = nn.Linear(2, 3), torch.ones(8, 2)
+        >>> logits = forward_eval(stage, samples if tpc.is_first_in_pipeline_group() else None)
+        >>> logits.shape  # on the rank of the last stage
+        torch.Size([8, 3])
     """
     return forward_backward(fwd_fn=fwd_fn, inputs=inputs, dtype=dtype, forward_only=True, **options)
 

@@ -183,8 +183,10 @@ def last_plan() -> Plan | None:
     """The plan that the last step ran; None before the first.
 
     Example:
-        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=8, schedule="auto")
-        >>> print(last_plan().to_text())
+        >>> from torchdistpackage import forward_eval
+        >>> _ = forward_eval(torch.nn.Linear(2, 2), torch.ones(3, 2), num_microbatches=3)
+        >>> last_plan().name, last_plan().num_microbatches
+        ('1f1b', 3)
     """
     return _kept[0].plan if _kept else None
 
@@ -193,8 +195,10 @@ def last_timeline() -> Timeline | None:
     """What `record_timeline` measured in the last recorded step, the same on every rank; None before the first.
 
     Example:
-        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=8, record_timeline=True)
-        >>> print(last_timeline().bubble_share)
+        >>> from torchdistpackage import forward_eval
+        >>> _ = forward_eval(torch.nn.Linear(2, 2), torch.ones(3, 2), num_microbatches=3, record_timeline=True)
+        >>> [str(span.action) for span in last_timeline().spans[0]], last_timeline().unit  # of the first rank
+        (['0F0', '0F1', '0F2'], 's')
     """
     return _kept[0].step.timeline if _kept and _kept[0].step else None
 
@@ -210,9 +214,12 @@ def draw_last_step(path: str | os.PathLike[str]) -> None:
         ModuleNotFoundError: A picture needs matplotlib; the message names the extra.
 
     Example:
-        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=8, record_timeline=True)
+        >>> from torchdistpackage import forward_eval
+        >>> _ = forward_eval(torch.nn.Linear(2, 2), torch.ones(3, 2), num_microbatches=3, record_timeline=True)
         >>> if tpc.get_pp_rank() == 0:
-        ...     draw_last_step("step.png")
+        ...     draw_last_step("step.json")
+        >>> os.path.isfile("step.json")
+        True
     """
     if not _kept or _kept[0].step is None:
         raise PipelineError("no step was recorded; call forward_backward(..., record_timeline=True) first")

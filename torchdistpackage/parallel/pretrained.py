@@ -49,7 +49,12 @@ def load_causal_lm(
         SplitError: The model cannot be cut so.
 
     Example:
-        >>> parts = load_causal_lm("Llama-3-8B", "zb-v", dtype="bfloat16", device="cuda")
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+        >>> GPT2LMHeadModel(config).save_pretrained("whole")
+        >>> parts = load_causal_lm("whole", "zb-v", dtype="bfloat16")
+        >>> {index: next(part.parameters()).dtype for index, part in parts.items()}
+        {0: torch.bfloat16, 1: torch.bfloat16}
     """
 
     def load() -> dict[int, nn.Module]:
@@ -75,8 +80,12 @@ def save_causal_lm(
         CheckpointError: The stages are not those of one model, or cannot be written, here or on another rank.
 
     Example:
-        >>> save_causal_lm(parts, "tuned")
-        >>> model = AutoModelForCausalLM.from_pretrained("tuned")
+        >>> from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+        >>> from torchdistpackage import partition_causal_lm
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+        >>> save_causal_lm(partition_causal_lm(model), "tuned")
+        >>> type(AutoModelForCausalLM.from_pretrained("tuned")).__name__
+        'GPT2LMHeadModel'
     """
     writes = all(tpc.get_group_rank(mode) == 0 for mode in ("data", "tensor") if tpc.is_mode_inited(mode))
     indices = [index for mine in _pipeline_of(sorted(parts)) for index in mine]

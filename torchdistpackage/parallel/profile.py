@@ -1,5 +1,7 @@
 """What the stages of the user's real model cost, measured in a few micro-batches that leave no trace.
 
+::
+
     costs = profile_stage_costs(fwd_fn, inputs, num_microbatches=8)
     best = planner.plan(costs, num_ranks=4, num_microbatches=64)
 
@@ -63,8 +65,13 @@ def profile_stage_costs(
         ScheduleError: No schedule fits the placement and the number of chunks.
 
     Example:
-        >>> costs = profile_stage_costs(fwd_fn, samples if first else targets, num_microbatches=8)
-        >>> print(planner.plan(costs, tpc.get_pp_size(), 64).plan.to_text())
+        >>> from torchdistpackage.schedule import planner
+        >>> stage = nn.Linear(4, 1)
+        >>> costs = profile_stage_costs(lambda x: stage(x).mean(), torch.ones(8, 4), num_microbatches=4)
+        >>> len(costs.forward), costs.forward[0] > 0, costs.unit
+        (1, True, 's')
+        >>> planner.plan(costs, num_ranks=1, num_microbatches=64).plan.num_microbatches
+        64
     """
     state = current_state()
     transport = state.transport

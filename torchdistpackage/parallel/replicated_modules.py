@@ -1,5 +1,7 @@
 """Data parallelism around a pipeline: wrappers that keep a whole replica of a module, for one step.
 
+::
+
     quiet ------------------> arm -------------> finish
     from the first forward    right before       gradients are reduced, and the wrapper is as it was
     on                        the last backward

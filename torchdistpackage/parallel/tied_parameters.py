@@ -249,7 +249,9 @@ def tie_parameters(name: str, parameter: nn.Parameter | None) -> None:
         TopologyError: Process groups have not been set up.
 
     Example:
-        >>> tie_parameters("embedding", stage.embedding.weight if first else stage.head.weight if last else None)
+        On every rank, with what it has of the two::
+
+            tie_parameters("embedding", stage.embedding.weight if first else stage.head.weight if last else None)
     """
     if tpc.get_pp_size() == 1:
         return

@@ -57,8 +57,11 @@ def split_model(
         PipelineError: Another rank failed.
 
     Example:
-        >>> pipe = split_model(model, images[:8])
-        >>> stage = pipe.get_stage_module(tpc.get_pp_rank())
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> pipe = split_model(model, torch.zeros(4, 2), num_stages=2 * tpc.get_pp_size())
+        >>> [list(name for name, _ in pipe.get_stage_module(index).named_parameters()) for index in range(2)]
+        [['0.weight', '0.bias'], ['2.weight', '2.bias']]
     """
     if not dist.is_initialized() or not tpc.is_mode_inited("pipe"):
         return split(model, example_inputs, 1 if num_stages is None else num_stages, example_kwargs, **options)
@@ -87,8 +90,11 @@ def local_stages(
         TopologyError: The process groups are not set up.
 
     Example:
-        >>> pipe = split_model(model, images[:8], num_stages=2 * tpc.get_pp_size())
-        >>> stages = local_stages(pipe, "zb-v")  # on rank 0 of 4: {0: ..., 7: ...}
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> pipe = split_model(model, torch.zeros(4, 2), num_stages=2 * tpc.get_pp_size())
+        >>> list(local_stages(pipe, "zb-v"))  # on one rank; rank 0 of 4 has stages 0 and 7
+        [0, 1]
     """
     ranks = tpc.get_pp_size()
     if chunks is None and isinstance(schedule, str) and pipe.num_stages % ranks == 0:

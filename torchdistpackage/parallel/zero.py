@@ -1,18 +1,16 @@
 """ZeRO-1 and ZeRO-2 around any torch optimizer, in the user's own loop: each rank keeps 1/d of its state.
 
-    optimizer = Bf16ZeroOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3))
-
 Bytes a parameter on each of d ranks, with Adam, after Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training
 Trillion Parameter Models" (arXiv:1910.02054):
 
-    ================================  ==========  =========  ======  =====
-                                      parameters  gradients  master  state
-    ================================  ==========  =========  ======  =====
-    float32, plain                    4           4          0       8
-    float32, stage 2                  4           4 / d      0       8 / d
-    bfloat16 with a master, plain     2           2          4       8
-    bfloat16 with a master, stage 2   2           4 / d      4 / d   8 / d
-    ================================  ==========  =========  ======  =====
+================================  ==========  =========  ======  =====
+                                  parameters  gradients  master  state
+================================  ==========  =========  ======  =====
+float32, plain                    4           4          0       8
+float32, stage 2                  4           4 / d      0       8 / d
+bfloat16 with a master, plain     2           2          4       8
+bfloat16 with a master, stage 2   2           4 / d      4 / d   8 / d
+================================  ==========  =========  ======  =====
 
 During the backward the whole gradient is there once, unless `overlap_comm` reduces it meanwhile. Stage 1 keeps all
 averaged gradients in the parameters, and this rank's chunks of them in the pieces.
@@ -94,9 +92,11 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         TopologyError: This rank is not in the group.
 
     Example:
-        >>> optimizer = Bf16ZeroOptimizer(torch.optim.AdamW(stage.parameters(), lr=1e-3))
-        >>> loss = forward_backward(optimizer, fwd_fn, None, inputs, num_microbatches=4)
-        >>> clip_grad_norm_(stage.parameters(), 1.0)
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = Bf16ZeroOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0))
+        >>> layer(torch.ones(3, 2)).sum().backward()  # or forward_backward(optimizer, ...)
+        >>> clip_grad_norm_(layer.parameters(), 10.0)
+        tensor(4.2426)
         >>> optimizer.step()
     """
 
@@ -203,15 +203,20 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
                 parameter.grad.zero_()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Another group of parameters, on every rank.
+        """Another group of parameters, on every rank; they get the values of the first one. Collective.
 
         Args:
             param_group: As for any torch optimizer.
+
+        Raises:
+            PipelineError: They cannot be sharded, are there already, or the ranks have other ones.
         """
         given = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
         parameters = [one[1] if isinstance(one, tuple) else one for one in given]
         names = [one[0] for one in given if isinstance(one, tuple)]
         check_parameters([*self._layout.given, parameters], self.shards.ranks())
+        with guarded_if_set_up("Bf16ZeroOptimizer.add_param_group"):
+            start_alike([parameters], self.shards, [len(self._layout.given)])
         options = {key: value for key, value in param_group.items() if key not in ("params", "param_names")}
         self.optim.add_param_group({**options, "params": []})
         self._layout.given.append(parameters)
@@ -227,8 +232,12 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
             PipelineError: Another rank has failed, or `zero_grad` was left out.
 
         Example:
+            >>> layer = torch.nn.Linear(2, 1, bias=False)
+            >>> optimizer = Bf16ZeroOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0))
+            >>> layer(torch.ones(3, 2)).sum().backward()
             >>> optimizer.reduce_gradients()
-            >>> largest = max((p.grad.abs().max() for g in optimizer.param_groups for p in g["params"]), default=0)
+            >>> layer.weight.grad, optimizer.param_groups[0]["params"][0].grad  # in this rank's piece now
+            (None, tensor([[3., 3.]]))
         """
         with guarded_if_set_up("Bf16ZeroOptimizer.reduce_gradients"):
             self.settle()
@@ -238,9 +247,11 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         """Backwards inside only add to `param.grad`: for all but the last of those that are accumulated.
 
         Example:
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> optimizer = Bf16ZeroOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), overlap_comm=True)
             >>> with optimizer.no_sync():
-            ...     loss_fn(model(first)).backward()
-            >>> loss_fn(model(second)).backward()
+            ...     layer(torch.ones(3, 2)).sum().backward()
+            >>> layer(torch.ones(3, 2)).sum().backward()  # both are reduced while this one runs
         """
         before, self._gradients.quiet = self._gradients.quiet, True
         try:
@@ -256,21 +267,10 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         *,
         replicated: Iterable[Tensor] = (),
     ) -> Tensor:
-        """Clips by the norm of the whole model: `clip_grad_norm_` of all parameters of this optimizer. Collective.
+        """Clips by the norm of the whole model: `torchdistpackage.clip_grad_norm_` of all parameters of this optimizer.
 
-        Args:
-            max_norm: The norm that the averaged gradients have at most afterwards.
-            norm_type: p > 0, or `inf`.
-            error_if_nonfinite: Raise, on every rank, if the norm is NaN or infinite.
-            replicated: Parameters that every rank of the tensor group holds whole.
-
-        Returns:
-            The norm before clipping, the same on every rank.
-
-        Raises:
-            ValueError: norm_type is not positive.
-            RuntimeError: The norm is not finite and `error_if_nonfinite` is set.
-            PipelineError: Another rank has failed.
+        Collective. Arguments, result and errors are those of that function; before `tpc` is set up the group of this
+        optimizer counts as the world.
         """
         if tpc._is_inited("global"):
             return clip_grad_norm_(
@@ -338,11 +338,7 @@ class Bf16ZeroOptimizer(torch.optim.Optimizer):
         self._state(refresh=False).loaded()
 
     def memory_report(self) -> ShardMemory:
-        """The bytes on this rank.
-
-        Example:
-            >>> print(optimizer.memory_report())
-        """
+        """The bytes on this rank; its `str` is a table."""
         return shard_memory(self._layout.everything(), self._gradients.buckets, self.optim.state)
 
     # ---- what clip_grad_parallel.py and grad_scaler.py ask for ----

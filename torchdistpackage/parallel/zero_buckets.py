@@ -1,5 +1,7 @@
 """The tensors of a sharded optimizer: what it steps on, and how gradients and weights come there and back.
 
+::
+
     param.grad  --fill-->  [ bucket ]  --sum over ranks-->  [ chunk ]  --views-->  piece.grad
     param       <--write-  [ bucket ]  <-----gather-------  [ chunk ]  <---cast--  piece
 

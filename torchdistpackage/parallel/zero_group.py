@@ -1,5 +1,7 @@
 """The ranks that share an optimizer's state, and the collectives between them.
 
+::
+
     dp_group        shares: each rank owns 1/d of the state                reduce-scatter, all-gather
     replica_group   where the shard of this rank is held once more         all-reduce of the shard
 
@@ -60,11 +62,10 @@ class ShardGroup:
                 dp_group = dist.group.WORLD
             elif tpc._is_inited("data"):
                 dp_group = tpc.get_group("data")
-        group, rank, size = _place(dp_group, "dp_group")
-        if group is not None and replica_group is None:
-            _warn_of_replicas(group)
-        replica, _, replicas = _place(replica_group, "replica_group")
-        return cls(group, replica, rank, size, replicas)
+        shards, replicas = _place(dp_group, "dp_group"), _place(replica_group, "replica_group")
+        if shards.group is not None and replica_group is None:
+            _warn_of_replicas(shards.group)
+        return cls(shards.group, replicas.group, shards.rank, shards.size, replicas.size)
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
@@ -171,10 +172,19 @@ def _warn_of_replicas(group: dist.ProcessGroup) -> None:
         )
 
 
-def _place(group: dist.ProcessGroup | None, name: str) -> tuple[dist.ProcessGroup | None, int, int]:
-    """The group if it has several ranks, this rank's index and the size."""
+@final
+@dataclass(frozen=True)
+class _Place:
+    """Where this rank is in a group, which is None if it has one rank."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+
+
+def _place(group: dist.ProcessGroup | None, name: str) -> _Place:
     if group is None:
-        return None, 0, 1
+        return _Place()
     if not isinstance(group, dist.ProcessGroup) and group is not dist.GroupMember.NON_GROUP_MEMBER:
         raise TopologyError(f"{name} is a {type(group).__name__}; pass a process group, such as tpc.get_group('data')")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -183,4 +193,4 @@ def _place(group: dist.ProcessGroup | None, name: str) -> tuple[dist.ProcessGrou
             f"global rank {dist.get_rank()} is not in the {name} that it was given; pass each rank the group that it "
             "is in, as tpc.get_group('data') and setup_node_groups() do"
         )
-    return (group, rank, size) if size > 1 else (None, 0, 1)
+    return _Place(group, rank, size) if size > 1 else _Place()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import final
 
 __all__ = ["BucketLayout", "Slot", "by_elements", "by_parameters"]
@@ -67,8 +67,13 @@ class BucketLayout:
 
     @property
     def even(self) -> bool:
-        """Whether all ranks own equally many."""
-        return self.numel == (len(self.bounds) - 1) * self.bounds[1]
+        """Whether all ranks own equally many.
+
+        Example:
+            >>> BucketLayout((), (0, 2, 4, 6)).even, BucketLayout((), (0, 2, 3, 6)).even
+            (True, False)
+        """
+        return len({high - low for low, high in pairwise(self.bounds)}) == 1
 
     def owned(self, rank: int) -> list[Slot]:
         """What a rank owns: the slots, cut to its chunk.

@@ -1,5 +1,7 @@
 """When the gradients of a sharded optimizer are averaged: once, however many backwards there were.
 
+::
+
     backward  backward  backward   step                        gradients gather in param.grad, and are reduced once
                                    | reduce | update | gather
 

@@ -1,5 +1,7 @@
 """The state of a sharded optimizer as a checkpoint: whole, in the wrapped optimizer's own format, or one rank's shard.
 
+::
+
     whole   {"state": {0: {"step": .., "exp_avg": [whole parameter]}}, "param_groups": [..], "master_weights": {0: ..}}
     shard   {"layout": {..numbers..}, "optimizer": the wrapped one's state_dict over pieces, "master_weights": [..]}
 

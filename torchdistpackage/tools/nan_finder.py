@@ -1,5 +1,7 @@
 """Finds the module, the parameter or the operation in which the first NaN or Inf arises, forward and backward.
 
+::
+
     with find_nan(model):
         loss_fn(model(images), targets).backward()
 
@@ -90,6 +92,17 @@ class NanFinder:
 
     Attributes:
         found: What was found, in order, one a pass; 100 at most.
+
+    Example:
+        >>> class Log(nn.Module):
+        ...     def forward(self, x):
+        ...         return x.log()
+        >>> model = nn.Sequential(nn.ReLU(), Log())
+        >>> finder = NanFinder(model, raise_error=False)
+        >>> _ = model(torch.tensor([2.0, -2.0]))
+        >>> print(finder.first)
+        Inf in the output of 1 (Log), inside root (Sequential) [forward]: 0 NaN and 1 Inf in 2 elements, ...
+        >>> finder.remove()
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 """What every module of a model costs: time, and memory that autograd keeps, there and back.
 
+::
+
     profile = get_model_profile(model, (images,), backward=True)       # runs the model, prints the table
 
     infos = register_profile_hooks(model)                              # or in a loop of your own

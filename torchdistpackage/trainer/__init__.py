@@ -1,33 +1,33 @@
 """THE TRAINERS: whole-model interfaces on top of the face, for people who bring a model and a loss and nothing else.
 
-==========================  =================================================================================
-`auto_pipeline.py`          `AutoPipeline`: a Hugging Face model, a device mesh and a loss -> steps
-`auto_pipeline_config.py`   what it is told, and what it tells
-`auto_pipeline_schedule.py` a schedule bound to this rank's stages: runs batches of any size
-`auto_pipeline_report.py`   names, counts and summaries for people
-`functional.py`             the same in single functions, for those who put them together in another way
-`gradients.py`              divides and clips the gradients of all stages
-`parallelize.py`            calls the user's function that shards or wraps each stage
-`mesh_topology.py`          a device mesh -> the groups of `tpc`
-`pipeline_trainer.py`       `PipelineTrainer`: a model, data and arguments -> a trained model
-`training_loop.py`          its loop; `events.py` its callbacks, `records.py` its log, `run_checkpoints.py` its disk
-`assembly.py`               stages, optimizer and scheduler of a run; `stages.py`, `splitting.py`, `replication.py`
-`process_layout.py`         process groups out of the arguments, and what ranks tell each other
-`steps.py`                  batches through the stages; `losses.py` weighs them, `batch_arguments.py` cuts them
-`feed.py`                   datasets -> batches of steps
-`evaluation.py`             a whole dataset, every row once
-`arguments.py`              `PipelineTrainingArguments`: how a run is configured
-`argument_checks.py`        what in them does not fit, and what follows from them
-`callbacks.py`              the events of a run, as Hugging Face's callbacks know them
-`run_state.py`              what they see and set
-`progress.py`               a progress bar, or lines, and the table at the end
-`progress_table.py`         that table as text
-`trackers.py`               TensorBoard, and whatever else has `.log`
-`batches.py`                which rows every replica gets in which step
-`batch_reading.py`          what in a batch is what
-`seeded_data.py`            rows that are the same on every rank and after any restart
-`optimizers.py`             optimizer and learning rate schedule
-==========================  =================================================================================
+===========================  =================================================================================
+`auto_pipeline.py`           `AutoPipeline`: a Hugging Face model, a device mesh and a loss -> steps
+`auto_pipeline_config.py`    what it is told, and what it tells
+`auto_pipeline_schedule.py`  a schedule bound to this rank's stages: runs batches of any size
+`auto_pipeline_report.py`    names, counts and summaries for people
+`functional.py`              the same in single functions, for those who put them together in another way
+`gradients.py`               divides and clips the gradients of all stages
+`parallelize.py`             calls the user's function that shards or wraps each stage
+`mesh_topology.py`           a device mesh -> the groups of `tpc`
+`pipeline_trainer.py`        `PipelineTrainer`: a model, data and arguments -> a trained model
+`training_loop.py`           its loop; `events.py` its callbacks, `records.py` its log, `run_checkpoints.py` its disk
+`assembly.py`                stages, optimizer and scheduler of a run; `stages.py`, `splitting.py`, `replication.py`
+`process_layout.py`          process groups out of the arguments, and what ranks tell each other
+`steps.py`                   batches through the stages; `losses.py` weighs them, `batch_arguments.py` cuts them
+`feed.py`                    datasets -> batches of steps
+`evaluation.py`              a whole dataset, every row once
+`arguments.py`               `PipelineTrainingArguments`: how a run is configured
+`argument_checks.py`         what in them does not fit, and what follows from them
+`callbacks.py`               the events of a run, as Hugging Face's callbacks know them
+`run_state.py`               what they see and set
+`progress.py`                a progress bar, or lines, and the table at the end
+`progress_table.py`          that table as text
+`trackers.py`                TensorBoard, and whatever else has `.log`
+`batches.py`                 which rows every replica gets in which step
+`batch_reading.py`           what in a batch is what
+`seeded_data.py`             rows that are the same on every rank and after any restart
+`optimizers.py`              optimizer and learning rate schedule
+===========================  =================================================================================
 
 The names below are loaded on first use (PEP 562).
 """

@@ -8,7 +8,7 @@ it has. ::
     one replica's rows = pipeline_chunks micro-batches, uneven if they do not divide
 
 What is listed here works; what those libraries have and this one has not is refused, never passed over in silence.
-Neighbours: `argument_checks.py` says what does not fit, `pipeline_trainer.py` reads the rest.
+Neighbours: `argument_checks.py` says what does not fit; `pipeline_trainer.py` and what it calls read the rest.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def build_run(
     if args.torch_compile:
         for module in modules:
             module.compile()
-    stages = replicated(cut.stages, args.data_parallel, device)
+    stages = replicated(cut.stages, args.data_parallel)
     now = dict(modules.named_parameters())  # fully_shard has put others in their places
     named = [(name, now[path]) for path, name in paths.items()]
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]

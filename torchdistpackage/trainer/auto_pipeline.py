@@ -1,5 +1,7 @@
 """A Hugging Face model, a device mesh and a loss -> pipeline-parallel steps.
 
+::
+
     mesh = init_device_mesh("cuda", (4,), mesh_dim_names=("pp",))
     ap = AutoPipeline(world_mesh=mesh, pp_schedule="1f1b", pp_microbatch_size=1, pp_batch_size=8)
     ap.build(model, loss_fn=loss_fn)
@@ -67,8 +69,28 @@ class AutoPipeline:
         TopologyError: There is no mesh, or it has no such axis; a ValueError.
 
     Example:
-        >>> ap = AutoPipeline(world_mesh=mesh, pp_batch_size=8).build(model, loss_fn=loss_fn)
-        >>> loss = ap.step(input_ids, target=labels)
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+        >>> def loss_fn(logits, target):
+        ...     return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("pp",))  # (4,) on four ranks
+        >>> ap = AutoPipeline(world_mesh=mesh, pp_microbatch_size=2, pp_batch_size=8, device="cpu")
+        >>> optimizer = torch.optim.AdamW(ap.build(model, loss_fn=loss_fn).parameters(), lr=1e-4)
+        >>> tokens = torch.ones(8, 6, dtype=torch.int64)
+        >>> losses = []
+        >>> loss = ap.step(tokens, target=tokens, losses=losses)
+        >>> ap.scale_grads_by_divisor(len(losses))  # gradients are sums over the micro-batches
+        >>> norm = ap.clip_grad_norm(1.0)
+        >>> optimizer.step()
+        >>> ap.eval(tokens).shape, ap.generate(tokens[:1, :2], max_new_tokens=3).shape
+        (torch.Size([8, 6, 16]), torch.Size([1, 5]))
+        >>> print(ap.debug_summary())
+        PP degree: 1
+        Local stages: 1
+        Schedule: 1f1b
+        n_microbatches: 4
+        Total params: 1,952 (trainable: 1,952)
     """
 
     def __init__(self, config: AutoPipelineConfig | Any = None, /, **options: Any) -> None:
@@ -113,9 +135,6 @@ class AutoPipeline:
             SplitError: The model cannot be cut so.
             ScheduleError: The schedule does not fit the stages.
             TopologyError: The mesh does not fit the world, or what `tpc` is set up to.
-
-        Example:
-            >>> ap.build(model, loss_fn=loss_fn, parallelize_fn=lambda part, mesh, *_, **axes: DDP(part))
         """
         if loss_fn is None:
             raise functional.BuildError("loss_fn must be provided: loss_fn(logits, target) -> a scalar tensor")
@@ -136,22 +155,14 @@ class AutoPipeline:
     def step(
         self, model_input: Any = None, *, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any
     ) -> Tensor | None:
-        """Trains on one batch: as `PipelineSchedule.step`. Gradients are added to; the optimizer is yours.
-
-        Example:
-            >>> loss = ap.step(input_ids, target=labels, attention_mask=mask)
-        """
+        """Trains on one batch: as `PipelineSchedule.step`. Gradients are added to; the optimizer is yours."""
         step: Tensor | None = self._built().step(model_input, target=target, losses=losses, **kwargs)
         return step
 
     def eval(
         self, model_input: Any = None, *, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any
     ) -> Any:
-        """Evaluates one batch: as `PipelineSchedule.eval`. Whether modules are in `eval()` mode is yours.
-
-        Example:
-            >>> logits = ap.eval(input_ids, attention_mask=mask)
-        """
+        """Evaluates one batch: as `PipelineSchedule.eval`. Whether modules are in `eval()` mode is yours."""
         return self._built().eval(model_input, target=target, losses=losses, **kwargs)
 
     evaluate = eval
@@ -165,9 +176,6 @@ class AutoPipeline:
 
         Raises:
             PipelineError: Nothing has been built.
-
-        Example:
-            >>> tokens = ap.generate(prompt_ids, max_new_tokens=20)
         """
         schedule = self._built()
         parts = {stage.stage_index: stage.submod for stage in schedule.stages}
@@ -183,9 +191,6 @@ class AutoPipeline:
 
         Raises:
             PipelineError: Nothing has been built.
-
-        Example:
-            >>> ap.scale_grads_by_divisor(num_label_tokens)
         """
         divide_gradients(self.parts, divisor)
 
@@ -211,9 +216,6 @@ class AutoPipeline:
         Raises:
             PipelineError: Nothing has been built, or another rank has failed.
             RuntimeError: The norm is not finite and `error_if_nonfinite` is set.
-
-        Example:
-            >>> norm = ap.clip_grad_norm(1.0)
         """
         return clip_grad_norm_(self.parameters(), max_norm, norm_type, error_if_nonfinite)
 
@@ -240,9 +242,6 @@ class AutoPipeline:
 
         Raises:
             PipelineError: Nothing has been built.
-
-        Example:
-            >>> optimizer = torch.optim.AdamW(ap.parameters(), lr=1e-4)
         """
         yield from {id(p): p for part in self.parts for p in part.parameters()}.values()
 
@@ -308,9 +307,6 @@ class AutoPipeline:
         Raises:
             PipelineError: Nothing has been built.
             ModuleNotFoundError: matplotlib is not installed; the message names the extra.
-
-        Example:
-            >>> ap.visualize_current_schedule("schedule.png")
         """
         timeline = unit_timeline(self._built().plan)
         if filename is None:

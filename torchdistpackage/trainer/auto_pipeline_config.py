@@ -137,6 +137,10 @@ class PipelineInfo:
         has_last_stage: Whether this rank computes the loss.
         model_parts: This rank's stages as modules, in the order of the model.
         stages: The same with their places.
+
+    Example:
+        >>> PipelineInfo().enabled  # before `build`
+        False
     """
 
     enabled: bool = False
@@ -148,7 +152,16 @@ class PipelineInfo:
 
 
 class ParallelizeFnProtocol(Protocol):
-    """Shards or wraps one stage: called once for each stage of this rank, after it was moved to its device."""
+    """Shards or wraps one stage: called once for each stage of this rank, after it was moved to its device.
+
+    Example:
+        Layers are sharded over the data axes, in place::
+
+            def parallelize_fn(model, world_mesh, moe_mesh, *, dp_axis_names, **axes):
+                fully_shard(model, mesh=world_mesh[dp_axis_names])
+
+            AutoPipeline(world_mesh=mesh).build(model, loss_fn=loss_fn, parallelize_fn=parallelize_fn)
+    """
 
     def __call__(
         self,

@@ -52,8 +52,15 @@ class PipelineSchedule:
         ScheduleError: The schedule does not run that many stages a rank, or the plan is for other sizes.
 
     Example:
-        >>> schedule = PipelineSchedule("1f1b", stages, loss_fn, n_microbatches=4, microbatch_size=2)
-        >>> loss = schedule.step(input_ids, target=labels)
+        >>> stage = PipelineStage(torch.nn.Linear(4, 3), stage_index=0, num_stages=1)
+        >>> loss_fn = torch.nn.functional.cross_entropy
+        >>> schedule = PipelineSchedule("1f1b", [stage], loss_fn, n_microbatches=4, microbatch_size=2)
+        >>> losses = []
+        >>> loss = schedule.step(torch.ones(8, 4), target=torch.zeros(8, dtype=torch.int64), losses=losses)
+        >>> len(losses), torch.allclose(loss, sum(losses))
+        (4, True)
+        >>> schedule.eval(torch.ones(8, 4)).shape
+        torch.Size([8, 3])
     """
 
     def __init__(
@@ -80,9 +87,8 @@ class PipelineSchedule:
     @property
     def plan(self) -> Plan:
         """What a batch of the usual size runs, for all ranks."""
-        count, each = self.stages[0].num_stages, len(self.stages)
-        ranks = self.schedule.placement.num_ranks if isinstance(self.schedule, Plan) else count // each
-        return resolve_plan(self.schedule, ranks, self.n_microbatches, forward_only=False, chunks=each)
+        chunks = len(self.stages)
+        return resolve_plan(self.schedule, self._num_ranks, self.n_microbatches, forward_only=False, chunks=chunks)
 
     def step(
         self, model_input: Any = None, *, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any

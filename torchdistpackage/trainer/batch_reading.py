@@ -3,13 +3,13 @@
 ======================================  ==============================================================
 a batch                                 what it is read as
 ======================================  ==============================================================
-`{"input_ids": a, "labels": y, ...}`    model(a, **the rest), labels y; any Mapping, or a dataclass
-`(a, y)`, `(a, b, y)`                   model(a), model(a, b), labels y
-`({"x": a, "mask": m}, y)`              model(a, mask=m), labels y
-`a`, `(a,)`                             model(a), no labels
+`{"input_ids": a, "labels": y, ...}`    `model(a, **the_rest)`, labels y; any Mapping, or a dataclass
+`(a, y)`, `(a, b, y)`                   `model(a)`, `model(a, b)`, labels y
+`({"x": a, "mask": m}, y)`              `model(a, mask=m)`, labels y
+`a`, `(a,)`                             `model(a)`, no labels
 ======================================  ==============================================================
 
-Neighbours: `batches.py` makes the batches, `pipeline_trainer.py` cuts them into micro-batches.
+Neighbours: `batches.py` makes the batches, `steps.py` runs them through the stages.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Batch:
         rows: Rows of the batch.
         real: False where all rows are padding: they must not count.
         most_microbatches: The most into which it may be cut, where replicas must run as many; None for any number.
+
+    Example:
+        >>> batch = read_batch((torch.zeros(4, 2), torch.ones(4)))
+        >>> [each.shape for each in batch.args], batch.labels.shape, batch.rows
+        ([torch.Size([4, 2])], torch.Size([4]), 4)
     """
 
     args: tuple[Any, ...]

@@ -49,6 +49,11 @@ class RawBatch:
     Attributes:
         data: What `read_batch` reads.
         pad_rows: How many of its last rows are padding: rows of another replica, which must not count.
+
+    Example:
+        >>> source = BatchSource("abcde", batch_size=2, replica=1, replicas=2, seed=0, shuffle=False, collator=list)
+        >>> list(source.epoch(0))
+        [RawBatch(data=['b', 'd'], pad_rows=0), RawBatch(data=['e'], pad_rows=1)]
     """
 
     data: Any

@@ -17,7 +17,7 @@ Nothing is asked of them but methods of these names: an object is as good as a s
 
 Every rank runs the same callbacks at the same events. `state.is_world_process_zero` is True on one rank: the one that
 reports. Neighbours: `run_state.py` has state and control, `progress.py` and `trackers.py` are callbacks,
-`pipeline_trainer.py` calls them.
+`events.py` calls them.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ class TrainerCallback:
         >>> class StopAt(TrainerCallback):
         ...     def on_step_end(self, args, state, control, **kwargs):
         ...         control.should_training_stop = state.global_step >= 10
+        >>> state = TrainerState(global_step=10)
+        >>> CallbackHandler([StopAt]).call("on_step_end", None, state, TrainerControl()).should_training_stop
+        True
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -131,7 +134,16 @@ class DefaultFlowCallback(TrainerCallback):
     With `save_strategy="steps"` the last step is saved too, and evaluated with `eval_strategy="steps"`.
 
     Example:
-        >>> handler = CallbackHandler([DefaultFlowCallback])
+        >>> from torchdistpackage.trainer.arguments import PipelineTrainingArguments
+        >>> args, state = PipelineTrainingArguments(logging_steps=10), TrainerState(max_steps=20)
+        >>> state.compute_steps(args, 20)
+        >>> for step in (9, 10, 20):
+        ...     state.global_step = step
+        ...     control = DefaultFlowCallback().on_step_end(args, state, TrainerControl())
+        ...     print(step, control.should_log, control.should_save, control.should_training_stop)
+        9 False False False
+        10 True False False
+        20 True True True
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -231,7 +243,10 @@ class CallbackHandler:
             TrainerError: It has no method that is an event's name.
 
         Example:
-            >>> CallbackHandler().add(DefaultFlowCallback())
+            >>> handler = CallbackHandler()
+            >>> handler.add(DefaultFlowCallback)
+            >>> [type(callback).__name__ for callback in handler.callbacks]
+            ['DefaultFlowCallback']
         """
         made = callback() if isinstance(callback, type) else callback
         if not any(callable(getattr(made, event, None)) for event in EVENTS):
@@ -263,9 +278,6 @@ class CallbackHandler:
 
         Args:
             callback: As in `pop`.
-
-        Example:
-            >>> CallbackHandler().remove(DefaultFlowCallback)
         """
         self.pop(callback)
 
@@ -276,8 +288,12 @@ class CallbackHandler:
         as JSON can hold it.
 
         Example:
-            >>> CallbackHandler([DefaultFlowCallback]).states()
-            {}
+            >>> class Patience(TrainerCallback):
+            ...     left = 3
+            ...     def state(self):
+            ...         return {"args": {}, "attributes": {"left": self.left}}
+            >>> CallbackHandler([DefaultFlowCallback, Patience]).states()
+            {'Patience': [{'args': {}, 'attributes': {'left': 3}}]}
         """
         found: dict[str, list[dict[str, Any]]] = {}
         for callback in self.callbacks:
@@ -292,7 +308,14 @@ class CallbackHandler:
             states: From `states()`, or from the trainer_state.json of Hugging Face's Trainer.
 
         Example:
-            >>> CallbackHandler().restore({})
+            >>> class Patience(TrainerCallback):
+            ...     left = 3
+            ...     def state(self):
+            ...         return {"args": {}, "attributes": {"left": self.left}}
+            >>> handler = CallbackHandler([Patience])
+            >>> handler.restore({"Patience": [{"args": {}, "attributes": {"left": 1}}]})
+            >>> handler.callbacks[0].left
+            1
         """
         for name, saved in states.items():
             many = [each for each in self.callbacks if type(each).__name__ == name and hasattr(each, "state")]

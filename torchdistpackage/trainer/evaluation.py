@@ -37,6 +37,13 @@ class EvalPrediction(NamedTuple):
     Attributes:
         predictions: The model's outputs for all rows, as a numpy array.
         label_ids: Their labels.
+
+    Example:
+        >>> def accuracy(found):
+        ...     return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+        >>> outputs, labels = torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])
+        >>> accuracy(EvalPrediction(outputs.numpy(), labels.numpy()))
+        {'accuracy': 0.5}
     """
 
     predictions: Any

@@ -142,7 +142,13 @@ def split_model_into_stages(
         ScheduleError: There is no such schedule.
 
     Example:
-        >>> stages, parts = split_model_into_stages(model, mesh["pp"], "pp", "1f1b", "cuda")
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+        >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("pp",))
+        >>> stages, parts = split_model_into_stages(model, mesh["pp"], "pp", "interleaved-1f1b", layers_per_stage=1)
+        >>> [(stage.stage_index, stage.num_stages) for stage in stages]  # on one rank
+        [(0, 2), (1, 2)]
     """
     validate_hf_model_for_pipeline_support(model)
     ranks, rank = pp_mesh.size(), pp_mesh.get_local_rank()
@@ -189,7 +195,9 @@ def build_pipeline_schedule(
         ScheduleError: The sizes do not fit each other or the schedule; a ValueError.
 
     Example:
-        >>> schedule = build_pipeline_schedule(None, "1f1b", 1, 8, stages, loss_fn)
+        >>> stages = [PipelineStage(nn.Linear(4, 3), stage_index=0, num_stages=1)]
+        >>> build_pipeline_schedule(None, "1f1b", 2, 8, stages, nn.functional.cross_entropy)
+        PipelineSchedule('1f1b', stages [0] here, 4 micro-batches)
     """
     count = check_batch(local_batch_size, microbatch_size)
     plan = read_plan(pipeline_parallel_schedule_csv)
@@ -235,7 +243,9 @@ def pipeline_model(
         ScheduleError: The schedule does not fit.
 
     Example:
-        >>> schedule, parts, has_first, has_last, stages = pipeline_model(model, mesh, None, loss_fn=loss_fn)
+        On every rank::
+
+            schedule, parts, has_first, has_last, stages = pipeline_model(model, mesh, None, loss_fn=loss_fn)
     """
     if not pipeline_mesh(world_mesh, pp_axis_name).size() > 1:
         raise BuildError(f"Pipeline parallelism is not enabled: axis {pp_axis_name!r} of the mesh has one rank")

@@ -57,7 +57,12 @@ def scale_grads_and_clip_grad_norm(
         PipelineError: There is an expert-parallel axis; or another rank failed.
 
     Example:
-        >>> norm = scale_grads_and_clip_grad_norm(1.0, autopipeline.parts, pp_enabled=True, num_label_tokens=4096)
+        >>> part = nn.Linear(2, 1, bias=False)  # autopipeline.parts
+        >>> part(torch.ones(4, 2)).sum().backward()
+        >>> scale_grads_and_clip_grad_norm(1.0, [part], pp_enabled=True, num_label_tokens=4)
+        tensor(1.4142)
+        >>> part.weight.grad.norm()
+        tensor(1.0000)
     """
     if ep_axis_name is not None:
         raise PipelineError(

@@ -6,7 +6,7 @@ checkpoint fits any other layout. The groups are the same on every rank, filled 
     group 0   weights               weight_decay
     group 1   biases, norms, 1-d    0
 
-Neighbours: `pipeline_trainer.py` hands the optimizer to data parallelism, and steps both.
+Neighbours: `assembly.py` makes both, `replication.py` shards the optimizer, `training_loop.py` steps them.
 """
 
 from __future__ import annotations

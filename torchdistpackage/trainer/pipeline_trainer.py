@@ -62,6 +62,11 @@ class TrainOutput(NamedTuple):
         global_step: Optimizer steps that were done, those before a restart included.
         training_loss: Mean loss of these steps.
         metrics: `train_runtime`, `train_loss`, speeds, peak memory.
+
+    Example:
+        It unpacks::
+
+            steps, loss, metrics = trainer.train()
     """
 
     global_step: int
@@ -110,8 +115,19 @@ class PipelineTrainer:
         TopologyError: The processes cannot be put into groups so.
 
     Example:
-        >>> trainer = PipelineTrainer(args=args, model_init=model_init, train_dataset=rows)
-        >>> trainer.train().training_loss
+        >>> rows = [{"x": torch.randn(4), "labels": number % 2} for number in range(16)]
+        >>> def model_init():
+        ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> args = PipelineTrainingArguments(
+        ...     output_dir="run", max_steps=3, per_device_train_batch_size=8, save_steps=2, use_cpu=True)
+        >>> trainer = PipelineTrainer(args=args, model_init=model_init, train_dataset=rows, eval_dataset=rows)
+        >>> trainer.remove_callback(ProgressCallback)  # which prints
+        >>> trainer.train().global_step
+        3
+        >>> trainer.evaluate()["eval_samples"]
+        16
+        >>> trainer.save_checkpoint("apart").name
+        'step-00000003'
     """
 
     def __init__(
@@ -208,9 +224,6 @@ class PipelineTrainer:
             TrainerError: There are no training data.
             CheckpointError: The checkpoint is torn, or of another model.
             PipelineError: Another rank failed. This rank's own exceptions come as they are.
-
-        Example:
-            >>> trainer.train(resume_from_checkpoint=True)
         """
         if self._loop is None:
             raise TrainerError("there is no train_dataset: pass it to the trainer, or call evaluate()")
@@ -231,9 +244,6 @@ class PipelineTrainer:
         Raises:
             TrainerError: There are no data.
             PipelineError: Another rank failed.
-
-        Example:
-            >>> trainer.evaluate()["eval_loss"]
         """
         dataset = self._eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -273,7 +283,10 @@ class PipelineTrainer:
             CheckpointError: They cannot be written.
 
         Example:
-            >>> trainer.save_model("tuned")  # AutoModelForCausalLM.from_pretrained("tuned") loads it
+            Of a language model::
+
+                trainer.save_model("tuned")
+                model = AutoModelForCausalLM.from_pretrained("tuned")
         """
         directory = self.args.output_dir if output_dir is None else output_dir
         stages = self._run.cut.stages

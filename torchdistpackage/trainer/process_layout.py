@@ -58,7 +58,7 @@ def set_up_processes(args: PipelineTrainingArguments) -> None:
     if pipe * data != world:
         raise TrainerError(
             f"pipeline_parallel_size={args.pipeline_parallel_size} and data_parallel_size={args.data_parallel_size} do "
-            f"not make {world} processes: start {pipe * max(data, 1)}, or leave one of the two out"
+            f"not make {world} processes: start {max(pipe, 1) * max(data, 1)}, or leave one of the two out"
         )
     tpc.setup_process_groups([("data", data), ("pipe", pipe)])
 

@@ -40,7 +40,13 @@ class ProgressCallback(TrainerCallback):
         table: Whether there is a table at the end.
 
     Example:
-        >>> trainer.add_callback(ProgressCallback(table=False))
+        >>> from torchdistpackage.trainer.arguments import PipelineTrainingArguments
+        >>> from torchdistpackage.trainer.run_state import TrainerState
+        >>> args, state = PipelineTrainingArguments(disable_tqdm=True), TrainerState(global_step=2, max_steps=4)
+        >>> callback = ProgressCallback(sys.stdout)
+        >>> callback.on_train_begin(args, state, None)
+        >>> callback.on_log(args, state, None, logs={"loss": 0.5, "epoch": 1.0})
+        step 2/4  epoch 1  loss 0.5
     """
 
     def __init__(self, stream: TextIO | None = None, *, table: bool = True) -> None:

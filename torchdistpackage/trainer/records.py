@@ -7,7 +7,7 @@ something else, and tells the others then::
     first stage of each replica   how many samples and tokens came in
     every rank                    its peak memory
 
-Neighbours: `pipeline_trainer.py` calls it, `callbacks.py` hands the rows on.
+Neighbours: `training_loop.py` calls it, `events.py` hands the rows on.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class Records:
 
     Example:
         >>> records = Records(torch.device("cpu"), counts_tokens=True, has_loss=True)
+        >>> records.resume()
+        >>> records.step([Batch((torch.ones(2, 3),), rows=2)], loss=torch.tensor(0.5), norm=None)
+        >>> row = records.row(learning_rate=0.1, epoch=1.0, recorded=False)
+        >>> row["loss"], records.tokens_seen
+        (0.5, 6)
     """
 
     def __init__(self, device: torch.device, *, counts_tokens: bool, has_loss: bool, first_timed: int = 1) -> None:

@@ -27,13 +27,12 @@ from torchdistpackage.topology import tpc
 __all__ = ["quiet_contexts", "replicated", "sharded_optimizer"]
 
 
-def replicated(stages: Mapping[int, nn.Module], kind: str, device: torch.device) -> dict[int, nn.Module]:
+def replicated(stages: Mapping[int, nn.Module], kind: str) -> dict[int, nn.Module]:
     """This rank's stages, ready for the data group.
 
     Args:
         stages: Global index -> module, on its device.
         kind: `"ddp"`, `"fsdp2"`, `"zero1"` or `"zero2"`.
-        device: Where they are.
 
     Raises:
         TrainerError: `fully_shard` cannot shard a stage here.

@@ -7,7 +7,7 @@
         best/step-00000700/               the weights with the best metric, if `load_best_model_at_end`
         earlier-run-1/                    what an earlier run left, when a new one starts here: nothing is deleted
 
-Neighbours: `checkpoint/` does the work, `pipeline_trainer.py` says when.
+Neighbours: `checkpoint/` does the work, `training_loop.py` says when.
 """
 
 from __future__ import annotations

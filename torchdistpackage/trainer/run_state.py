@@ -1,7 +1,7 @@
 """What callbacks see and set: where a run is, and the flags by which they steer it. Data only.
 
 The fields are those of Hugging Face's, so its callbacks find what they look for. Neighbours: `callbacks.py` hands both
-to callbacks, `pipeline_trainer.py` keeps them up to date.
+to callbacks, `training_loop.py` keeps them up to date.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TrainerState:
         best_metric: The best value of `metric_for_best_model`.
         best_global_step: The step it was of.
         best_model_checkpoint: The checkpoint it is in.
-        is_local_process_zero: Whether this rank reports for its node.
+        is_local_process_zero: The same as the next; no rank reports for each node.
         is_world_process_zero: Whether this rank reports: prints, draws bars, writes logs.
         is_hyper_param_search: Always False.
         trial_name: Always None.

@@ -180,7 +180,11 @@ def create_default_splitter(balance: Balance = "parameters") -> ModelSplitter:
         SplitError: There is no such balance.
 
     Example:
-        >>> splitter = create_default_splitter("flops")
+        >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> splitter, example = create_default_splitter(), torch.ones(3, 2)
+        >>> cut = call_splitter(splitter, model, Placement.loop(2), 0, example_args=(example,))
+        >>> [sum(p.numel() for p in module.parameters()) for module in cut.modules]
+        [24, 9]
     """
     if balance not in ("parameters", "flops"):
         raise SplitError(f"balance={balance!r}: the default splitter balances 'parameters' or 'flops'")

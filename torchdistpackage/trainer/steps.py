@@ -77,8 +77,13 @@ class PipelineSteps:
         quiet: Makes contexts in which gradients are not reduced.
 
     Example:
-        >>> steps = PipelineSteps(stages, 4, schedule="1f1b", microbatches=8, loss=WeightedLoss(), device=device)
+        >>> stages, device = {0: nn.Linear(4, 2)}, torch.device("cpu")
+        >>> steps = PipelineSteps(stages, 1, schedule="1f1b", microbatches=2, loss=WeightedLoss(), device=device)
+        >>> batch = Batch((torch.ones(6, 4),), labels=torch.tensor([0, 1, 0, 1, 0, 1]), rows=6)
         >>> loss = steps.train([batch])  # on the rank of the last stage this replica's share of the loss
+        >>> evaluated = steps.evaluate(batch)
+        >>> evaluated.count, abs(evaluated.loss / evaluated.count - loss.item()) < 1e-6
+        (6.0, True)
     """
 
     def __init__(
@@ -253,7 +258,7 @@ class PipelineSteps:
         def run(arguments: Any) -> Any:
             *came, bundle = [arguments] if first else arguments
             kwargs = {name: restored(value) for name, value in bundle["kwargs"].items()}
-            with self._precision():
+            with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
                 output = module(*(bundle["args"] if first else came), **kwargs)
                 if not last:
                     return output
@@ -273,11 +278,6 @@ class PipelineSteps:
         finally:
             for _, module in modules:
                 put_aside(module)
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-            yield
 
 
 def _shape(batch: Batch) -> Any:

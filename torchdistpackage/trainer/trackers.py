@@ -3,7 +3,7 @@
 ::
 
     logs of training      loss, learning_rate, grad_norm, ...     ->  train/loss, train/learning_rate, ...
-    logs of evaluations   eval_loss, eval_seconds, ...            ->  eval/loss, eval/seconds, ...
+    logs of evaluations   eval_loss, eval_runtime, ...            ->  eval/loss, eval/runtime, ...
     the end of training   train_runtime, train_loss, ...          ->  train/runtime, train/total_loss, ...
 
 Only the rank that reports (`state.is_world_process_zero`) writes; on the others nothing is opened. A tracker, often a
@@ -43,7 +43,9 @@ class TensorBoardCallback(TrainerCallback):
         TrainerError: tensorboard is not installed.
 
     Example:
-        >>> trainer.add_callback(TensorBoardCallback("runs/first"))
+        Into another folder than that of the arguments::
+
+            trainer.add_callback(TensorBoardCallback("runs/first"))
     """
 
     def __init__(self, logging_dir: str | os.PathLike[str] | None = None) -> None:

@@ -91,8 +91,11 @@ class TpAttention(nn.Module):
         TopologyError: This rank is not in the group, or nothing is set up.
 
     Example:
-        >>> attention = TpAttention(1024, num_heads=16)  # doctest: +SKIP
-        >>> attention.init_from_full(dense)  # doctest: +SKIP
+        >>> dense, attention = Attention(16, num_heads=4), TpAttention(16, num_heads=4)
+        >>> attention.init_from_full(dense)
+        >>> x = torch.randn(2, 5, 16)
+        >>> torch.allclose(attention(x), dense(x), atol=1e-6)
+        True
     """
 
     def __init__(

@@ -127,9 +127,9 @@ class ColParallelLinear(nn.Module):
         TopologyError: This rank is not in the group, or nothing is set up.
 
     Example:
-        >>> layer = ColParallelLinear(1024, 4096)  # doctest: +SKIP
-        >>> layer(x).shape  # x: (8, 128, 1024), on each of 2 ranks  # doctest: +SKIP
-        torch.Size([8, 128, 2048])
+        >>> layer = ColParallelLinear(8, 32)
+        >>> layer(torch.zeros(2, 5, 8)).shape  # on one rank; (2, 5, 16) on each of two
+        torch.Size([2, 5, 32])
     """
 
     def __init__(
@@ -182,7 +182,10 @@ class ColParallelLinear(nn.Module):
             SplitError: A shape is not that of the whole layer, or the layer has no bias.
 
         Example:
-            >>> parallel.fc1.init_weight_from_full(dense.fc1.weight, dense.fc1.bias)  # doctest: +SKIP
+            >>> dense, layer = TpLinear(4, 6), ColParallelLinear(4, 6)
+            >>> layer.init_weight_from_full(dense.weight, dense.bias)
+            >>> torch.equal(layer.linear.weight.full_tensor(), dense.weight)
+            True
         """
         take_over(self.linear, weight, bias, (self.fin, self.fout))
 
@@ -200,7 +203,10 @@ class ColParallelLinear(nn.Module):
             SplitError: A shape is not that of the whole layer, or q, k and v cannot be split.
 
         Example:
-            >>> parallel.qkv.init_weight_from_full_attn(dense.qkv.weight)  # doctest: +SKIP
+            >>> dense, layer = TpLinear(4, 12), ColParallelLinear(4, 12, parts=3)
+            >>> layer.init_weight_from_full_attn(dense.weight, dense.bias)
+            >>> layer.linear.weight.shape, torch.equal(layer.linear.weight.full_tensor().flatten(1), dense.weight)
+            (torch.Size([4, 3, 4]), True)
         """
         if self.linear.weight.ndim == 2 or self.linear.weight.shape[1] != 3:
             _check_shared(self.fout, self.mesh, "outputs (fout) of q, k and v", 3)
@@ -244,9 +250,9 @@ class RowParallelLinear(nn.Module):
         TopologyError: This rank is not in the group, or nothing is set up.
 
     Example:
-        >>> layer = RowParallelLinear(4096, 1024)  # doctest: +SKIP
-        >>> layer(x).shape  # x: (8, 128, 2048), on each of 2 ranks  # doctest: +SKIP
-        torch.Size([8, 128, 1024])
+        >>> layer = RowParallelLinear(32, 8)
+        >>> layer(torch.zeros(2, 5, 32)).shape  # on one rank; each of two gives (2, 5, 16) and gets the same
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
@@ -292,18 +298,7 @@ class RowParallelLinear(nn.Module):
         return out + bias.to(out.dtype)
 
     def init_weight_from_full(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Takes over the parameters of a dense layer: those of the first rank. Collective over the tensor group.
-
-        Args:
-            weight: (in, out), whole.
-            bias: (out,), whole; None leaves the layer's as it is.
-
-        Raises:
-            SplitError: A shape is not that of the whole layer, or the layer has no bias.
-
-        Example:
-            >>> parallel.fc2.init_weight_from_full(dense.fc2.weight, dense.fc2.bias)  # doctest: +SKIP
-        """
+        """As `ColParallelLinear.init_weight_from_full`."""
         take_over(self.linear, weight, bias, (self.fin, self.fout))
 
     def extra_repr(self) -> str:
@@ -325,7 +320,9 @@ class TpLayerNorm(nn.LayerNorm):
         eps: As of `nn.LayerNorm`.
 
     Example:
-        >>> norm = TpLayerNorm(1024, sequence_parallel=True)  # doctest: +SKIP
+        >>> norm = TpLayerNorm(8, sequence_parallel=True)
+        >>> norm(torch.randn(2, 5, 8)).shape, norm.weight.shape
+        (torch.Size([2, 5, 8]), torch.Size([8]))
     """
 
     def __init__(self, dim: int, sequence_parallel: bool = False, tp_group: Group = None, eps: float = 1e-5) -> None:

@@ -90,8 +90,11 @@ class TpMlp(nn.Module):
         TopologyError: This rank is not in the group, or nothing is set up.
 
     Example:
-        >>> mlp = TpMlp(1024, 4096)  # doctest: +SKIP
-        >>> mlp.init_from_full(dense)  # doctest: +SKIP
+        >>> dense, mlp = Mlp(8, 32), TpMlp(8, 32)
+        >>> mlp.init_from_full(dense)
+        >>> x = torch.randn(2, 5, 8)
+        >>> torch.allclose(mlp(x), dense(x), atol=1e-6)
+        True
     """
 
     def __init__(

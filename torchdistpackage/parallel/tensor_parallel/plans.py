@@ -67,8 +67,11 @@ def apply_tensor_parallel(
         TopologyError: Process groups have not been set up.
 
     Example:
-        >>> stage = partition_causal_lm(model, "1f1b")[tpc.get_pp_rank()]  # doctest: +SKIP
-        >>> apply_tensor_parallel(stage)  # doctest: +SKIP
+        >>> from torch.distributed.tensor.parallel import RowwiseParallel
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> _ = apply_tensor_parallel(model, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        >>> model[0].weight.shape  # of the whole layer, also where two ranks have half of it
+        torch.Size([32, 8])
     """
     mesh = tensor_mesh(group)
     chosen = dict(tensor_parallel_plan(module, group=mesh) if plan is None else plan)
@@ -105,17 +108,19 @@ def tensor_parallel_plan(
         group: The tensor group or a mesh of one dimension; None for that of `tpc`.
 
     Returns:
-        `{name of a module: style}`.
+        Name of a module -> its style.
 
     Raises:
         SplitError: It knows none of the model's layers (a stage of a pipeline may have none), or heads or columns do
             not divide by the ranks.
 
     Example:
-        >>> for name, style in tensor_parallel_plan(stage).items():  # doctest: +SKIP
-        ...     print(name, style)
-        blocks.0.attn LocalHeads(2 of 4)
-        blocks.0.mlp.fc1 ColwiseParallel(...)
+        >>> from timm.models.vision_transformer import Block
+        >>> for name, style in tensor_parallel_plan(nn.Sequential(Block(16, num_heads=4))).items():
+        ...     print(name, style)  # on one rank; LocalHeads(2 of 4) on each of two
+        0.attn LocalHeads(4 of 4)
+        0.mlp.fc1 ColwiseParallel(...)
+        0.mlp.fc2 FreshRowwise(...)
     """
     size = tensor_mesh(group).size()
     plan = {**_transformers_plan(module, size), **_timm_plan(module, size)}

@@ -70,8 +70,8 @@ def get_tensor_model_parallel_world_size(group: Group = None) -> int:
         TopologyError: torch.distributed is not initialised, or this rank is not in the group.
 
     Example:
-        >>> get_tensor_model_parallel_world_size()  # doctest: +SKIP
-        2
+        >>> get_tensor_model_parallel_world_size()  # on one rank
+        1
     """
     return tensor_mesh(group).size()
 
@@ -84,7 +84,8 @@ def enter_tensor_parallel_region(x: Tensor, group: Group = None) -> Tensor:
         group: None for the present tensor group.
 
     Example:
-        >>> local_columns = enter_tensor_parallel_region(x) @ own_columns  # doctest: +SKIP
+        >>> x, own_columns = torch.ones(2, 3, 4), torch.ones(4, 6)
+        >>> local = enter_tensor_parallel_region(x) @ own_columns
     """
     mesh = tensor_mesh(group)
     return _move(x, mesh, _same, partial(_sum, mesh))
@@ -98,7 +99,9 @@ def leave_tensor_parallel_region(x: Tensor, group: Group = None) -> Tensor:
         group: None for the present tensor group.
 
     Example:
-        >>> whole = leave_tensor_parallel_region(local_columns @ own_rows)  # doctest: +SKIP
+        >>> local, own_rows = torch.ones(2, 3, 6), torch.ones(6, 4)
+        >>> leave_tensor_parallel_region(local @ own_rows)[0, 0]  # on one rank; 12 on two with 6 columns each
+        tensor([6., 6., 6., 6.])
     """
     mesh = tensor_mesh(group)
     return _move(x, mesh, partial(_sum, mesh), _same)
@@ -120,7 +123,9 @@ def gather_from_sequence_parallel_region(
         (batch, sequence, features), marked as not sequence parallel.
 
     Example:
-        >>> loss = mse(gather_from_sequence_parallel_region(part, False), target)  # doctest: +SKIP
+        >>> part, target = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+        >>> torch.nn.functional.mse_loss(gather_from_sequence_parallel_region(part, False), target)
+        tensor(1.)
     """
     mesh = tensor_mesh(group)
     back = _scattered_sum if tensor_parallel_output_grad else _part
@@ -142,7 +147,10 @@ def reduce_scatter_to_sequence_parallel_region(x: Tensor, *, dim: int = -2, grou
         SplitError: The ranks cannot share the sequence equally.
 
     Example:
-        >>> part = reduce_scatter_to_sequence_parallel_region(local_columns @ own_rows)  # doctest: +SKIP
+        >>> local, own_rows = torch.ones(2, 6, 8), torch.ones(8, 4)
+        >>> part = reduce_scatter_to_sequence_parallel_region(local @ own_rows)
+        >>> part.shape, is_sequence_parallel_tensor(part)  # on one rank; (2, 3, 4) on each of two
+        (torch.Size([2, 6, 4]), True)
     """
     mesh = tensor_mesh(group)
     _check_shares(x, mesh, dim)
@@ -164,7 +172,9 @@ def maybe_split_into_sequence_parallel(x: Tensor, *, dim: int = -2, group: Group
         SplitError: The ranks cannot share the sequence equally.
 
     Example:
-        >>> part = maybe_split_into_sequence_parallel(embedding(tokens))  # doctest: +SKIP
+        >>> part = maybe_split_into_sequence_parallel(torch.ones(2, 6, 4))
+        >>> part.shape, is_sequence_parallel_tensor(part)  # on one rank; (2, 3, 4) on each of two
+        (torch.Size([2, 6, 4]), True)
     """
     if is_sequence_parallel_tensor(x):
         return x
@@ -185,7 +195,9 @@ def maybe_gather_from_sequence_parallel(
         group: None for the present tensor group.
 
     Example:
-        >>> whole = maybe_gather_from_sequence_parallel(x)  # doctest: +SKIP
+        >>> part = maybe_split_into_sequence_parallel(torch.ones(2, 6, 4))
+        >>> maybe_gather_from_sequence_parallel(part).shape
+        torch.Size([2, 6, 4])
     """
     if not is_sequence_parallel_tensor(x):
         return x
@@ -234,8 +246,9 @@ def own_random_numbers(x: Tensor, mesh: DeviceMesh) -> Iterator[None]:
         mesh: The tensor group.
 
     Example:
-        >>> with own_random_numbers(x, mesh):  # doctest: +SKIP
-        ...     x = dropout(x)
+        >>> x = torch.ones(2, 3)
+        >>> with own_random_numbers(x, tensor_mesh()):
+        ...     x = torch.nn.functional.dropout(x, 0.5)
     """
     seed = int(torch.randint(1 << 62, (), device="cpu")) + mesh.get_local_rank()
     index = x.device.index

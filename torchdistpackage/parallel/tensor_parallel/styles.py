@@ -1,5 +1,7 @@
 """What torch's `ColwiseParallel` and `RowwiseParallel` leave open: four more styles for plans of `parallelize_module`.
 
+::
+
     Linear                  input                 output               weight (whole shape)     who
     ------------------------------------------------------------------------------------------------------------------
     first of a pair         whole                 its columns          Shard(0)                 torch, ColwiseParallel
@@ -46,7 +48,9 @@ class FusedColwise(ParallelStyle):
         parts: How many matrices there are, all of one size.
 
     Example:
-        >>> parallelize_module(attention, mesh, {"qkv": FusedColwise(3), "proj": FreshRowwise()})  # doctest: +SKIP
+        >>> from torchdistpackage import apply_tensor_parallel
+        >>> layers = nn.ModuleDict({"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)})
+        >>> _ = apply_tensor_parallel(layers, {"qkv": FusedColwise(3), "proj": FreshRowwise()})
     """
 
     def __init__(self, parts: int) -> None:
@@ -81,7 +85,7 @@ class WholeOnShards(ParallelStyle):
     optimizers sum it over the ranks. torch's own `SequenceParallel` does the same for its three classes of norms.
 
     Example:
-        >>> parallelize_module(attention, mesh, {"q_norm": WholeOnShards()})  # doctest: +SKIP
+        >>> plan = {"q_proj": ColwiseParallel(), "q_norm": WholeOnShards()}
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

@@ -91,9 +91,12 @@ class ParallelBlock(nn.Module):
         TopologyError: This rank is not in the group, or nothing is set up.
 
     Example:
-        >>> block = ParallelBlock(1024, num_heads=16, sequence_parallel=True)  # doctest: +SKIP
-        >>> block.init_from_full(dense_block)  # doctest: +SKIP
-        >>> part = block(maybe_split_into_sequence_parallel(x))  # doctest: +SKIP
+        >>> dense, block = Block(16, num_heads=4), ParallelBlock(16, num_heads=4, sequence_parallel=True)
+        >>> block.init_from_full(dense)
+        >>> x = torch.randn(2, 6, 16)
+        >>> whole = gather_from_sequence_parallel_region(block(maybe_split_into_sequence_parallel(x)))
+        >>> torch.allclose(whole, dense(x), atol=1e-5)
+        True
     """
 
     def __init__(
@@ -152,7 +155,7 @@ class Transformer(nn.Module):
         mlp_ratio: Hidden features of the linear layers, as a multiple of dim.
         num_heads: Heads of the attention, of the whole model.
         depth: Blocks.
-        tensor_parallel: `ParallelBlock`s; else `Block`s, which need no process group.
+        tensor_parallel: Whether to make each a `ParallelBlock`; else it is a `Block`, which needs no process group.
         sequence_parallel: Whether the blocks work on parts of the sequence, which the model splits and gathers;
             without `tensor_parallel` it means nothing.
         tp_group: The tensor group, or its mesh; None for `get_tp_group()`.
