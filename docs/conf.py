@@ -1,7 +1,7 @@
 """How the documentation is built: `scripts/docs`; every warning is an error.
 
 Pages are Markdown (MyST), the API pages are made of docstrings. The pictures of schedules are drawn by the library
-itself while the pages are built (pictures.py).
+itself (pictures.py).
 """
 
 from __future__ import annotations
@@ -9,14 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import pictures  # noqa: E402
-
-import torchdistpackage  # noqa: E402
-
-pictures.draw_all(HERE / "_pictures")
+import torchdistpackage
 
 project = "torchdistpackage"
 author = "the authors of torchdistpackage"

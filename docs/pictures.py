@@ -1,12 +1,15 @@
-"""Draws the pictures of the documentation with the library: `python docs/pictures.py` draws that of the README.
+"""Draws the pictures of the documentation with the library: `python docs/pictures.py [FOLDER]`.
 
-One picture a schedule, four ranks and eight micro-batches, a full backward twice as long as a forward. They are drawn
-while the pages are built; the README is read without being built, so its picture lies in `pictures/`.
+One picture a schedule, four ranks and eight micro-batches, a full backward twice as long as a forward; and 1F1B above
+ZB-V, for the README. They lie in `pictures/`, because pages are also read where nobody builds them.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+import matplotlib
 
 from torchdistpackage import schedule
 from torchdistpackage.schedule import Timeline
@@ -24,17 +27,14 @@ def timeline(name: str) -> Timeline:
 
 
 def draw_all(folder: Path) -> None:
-    """Draws `name.svg` for each schedule of the catalogue."""
+    """Draws `name.svg` for each schedule of the catalogue, and `1f1b-and-zb-v.svg`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in schedule.names():
-        figure(timeline(name), path=folder / f"{name}.svg")
-
-
-def draw_readme(folder: Path) -> None:
-    """Draws 1F1B above ZB-V, on one axis."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figure(timeline("1f1b"), measured=timeline("zb-v"), path=folder / "1f1b-and-zb-v.svg")
+    small = {"svg.fonttype": "none", "svg.hashsalt": "torchdistpackage"}  # text as text; the same ids each time
+    with matplotlib.rc_context(small):
+        for name in schedule.names():
+            figure(timeline(name), path=folder / f"{name}.svg")
+        figure(timeline("1f1b"), measured=timeline("zb-v"), path=folder / "1f1b-and-zb-v.svg")
 
 
 if __name__ == "__main__":
-    draw_readme(HERE / "pictures")
+    draw_all(Path(sys.argv[1]) if sys.argv[1:] else HERE / "pictures")

@@ -35,7 +35,7 @@ TESTS = {
 def copied(folder: Path) -> Path:
     """The tree, as far as a patch and its tests need it."""
     for name in ("torchdistpackage", "tests", "scripts", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_build", "_pictures"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_build"))
     shutil.copy2(ROOT / "pyproject.toml", folder)
     return folder
 

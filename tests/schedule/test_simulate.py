@@ -97,6 +97,20 @@ def test_zero_bubble_h2(p, m):
     assert timeline.peak_bytes == (2 * p - 1,) * p
 
 
+@pytest.mark.parametrize("times", [(1, 2, 1), (1, 3, 1), (2, 1, 1), (1, 1.25, 0.75), (1, 1, 2)])
+def test_zero_bubble_h2_of_other_costs(times):
+    f, i, w = times
+    timeline = timed("zb-h2", 4, 16, forward=f, input_grad=i, weight_grad=w)
+    assert max(timeline.bubble) == pytest.approx(3 * max(f, f + i - 2 * w))
+
+
+@pytest.mark.parametrize("p", [3, 4, 6, 8])
+def test_little_memory_costs_a_part_of_the_bubble_of_one_f_one_b(p):
+    whole = max(timed("1f1b", p, 4 * p).bubble)
+    assert 0.58 < max(timed("v-half", p, 4 * p, chunks=2).bubble) / whole < 0.67
+    assert 0.6 < max(timed("v-min", p, 4 * p, chunks=2).bubble) / whole <= 0.75
+
+
 @pytest.mark.parametrize("v", [2, 4])
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (3, 9), (4, 8), (8, 32)])
 def test_interleaved(p, m, v):

@@ -50,7 +50,7 @@ def split_model(
             `memory_limit`, `leaf_modules`, `leaf_functions`, `open_modules`, `repeats`, `tolerance`.
 
     Returns:
-        The stages; `pipe.get_stage_module(i)` or `partition_chunks(pipe, schedule)` gives those of this rank.
+        The stages; `pipe.get_stage_module(i)` or `local_stages(pipe, schedule)` gives those of this rank.
 
     Raises:
         SplitError: The model cannot be traced, or no cut satisfies the options.

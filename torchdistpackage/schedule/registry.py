@@ -136,7 +136,7 @@ _CATALOGUE: dict[str, ScheduleFacts] = {
         _loop(
             "zb-h2",
             zero_bubble_h2,
-            "(p-1)(F+I-2W)",
+            "(p-1)max(F, F+I-2W)",
             "2p-1",
             "Qi et al. 2023, Zero Bubble Pipeline Parallelism",
             split=True,
@@ -156,7 +156,7 @@ _CATALOGUE: dict[str, ScheduleFacts] = {
         _v(
             "zb-v",
             zero_bubble_v,
-            "(p-1)F/2",
+            "(p-1)F/2 if F = I = W",
             "p",
             "Qi et al. 2024, Pipeline Parallelism with Controllable Memory",
             aliases=("zbv-zero-bubble",),
@@ -164,18 +164,18 @@ _CATALOGUE: dict[str, ScheduleFacts] = {
         _v(
             "v-half",
             v_half,
-            "about half of 1F1B's",
+            "about 0.6 of 1F1B's if F = I = W",
             "p/2+1",
             "Qi et al. 2024, Pipeline Parallelism with Controllable Memory",
         ),
         _v(
             "v-min",
             v_min,
-            "about 2/3 of 1F1B's; much more if F, I, W differ",
+            "about 2/3 of 1F1B's if F = I = W, else grows with m",
             "(p+4)/3",
             "Qi et al. 2024, Pipeline Parallelism with Controllable Memory",
         ),
-        _v("dualpipe-v", dualpipe_v, "(p-1)(F+B-3W)/2", "p+1/2", "DeepSeek-AI 2024, DeepSeek-V3; Qi et al. 2025"),
+        _v("dualpipe-v", dualpipe_v, "(p-1)F/2 if F = I = W", "p+1/2", "DeepSeek-AI 2024, DeepSeek-V3; Qi et al. 2025"),
         _v(
             "hanayo",
             hanayo,
