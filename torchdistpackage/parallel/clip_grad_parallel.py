@@ -26,6 +26,7 @@ from torchdistpackage.parallel.dtensors import (
     settle_gradient,
     sharding_groups,
 )
+from torchdistpackage.parallel.expert_replicas import counts_elsewhere, spread_group
 from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.parallel.sharded_gradients import holder, holders
 from torchdistpackage.parallel.tied_parameters import ties
@@ -51,7 +52,8 @@ def clip_grad_norm_(
     Over the tensor group: if any rank has DTensors over it (`apply_tensor_parallel`, `TpMlp`, torch's
     `parallelize_module`), those say how they are sharded, and all other parameters are whole on every rank and count
     once. If there are none, every rank's parameters count, as shards, but for those that are named in `replicated`.
-    Gradients that a `Bf16ZeroOptimizer` holds are reduced first, and count over its group.
+    Gradients that a `Bf16ZeroOptimizer` holds are reduced first, and count over its group. Experts that
+    `create_moe_dp_hooks` was given count over the data group, each once.
 
     Args:
         parameters: This rank's parameters, of all of its chunks; those without a gradient count nothing.
@@ -153,10 +155,14 @@ def _sorted_by_sharding(parameters: list[Tensor], whole: set[int], held: Mapping
     """By parameters, not by gradients: ranks of a group must agree on what is to be reduced, in one order."""
     found: dict[tuple[str, ...], _Shards] = {}
     for parameter in parameters:
-        sharded, groups = is_sharded_over_tensor_group(parameter), tuple(sharding_groups(parameter))
+        experts = spread_group(parameter)
+        groups = (*sharding_groups(parameter), *([] if experts is None else [experts]))
+        sharded = is_sharded_over_tensor_group(parameter)
         shards = found.setdefault(tuple(group.group_name for group in groups), _Shards(groups))
         norm = held.get(id(parameter))  # stands for its gradient: it is a number's own norm
         if norm is None and (parameter.grad is None or holder(parameter) is not None):
+            continue
+        if experts is not None and counts_elsewhere(parameter):
             continue
         local = local_tensor(parameter.grad).detach() if norm is None else norm
         if id(parameter) in whole or sharded is False:

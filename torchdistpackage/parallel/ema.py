@@ -60,7 +60,7 @@ class ShardedEMA:
         dtype: In which floating parameters are averaged; None for each parameter's own.
 
     Raises:
-        CheckpointError: The ranks' models differ, or have no values yet. On every rank.
+        CheckpointError: The ranks' models differ, have other experts, or have no values yet. On every rank.
         TopologyError: This rank is not in the group.
         ValueError: dtype is not a floating dtype.
 
@@ -91,7 +91,7 @@ class ShardedEMA:
         def look() -> tuple[str, list[Any]]:
             tensors.update(named_tensors(model))
             entries.extend(entries_of(tensors, dtype))
-            return description(entries, tensors)
+            return description(entries, tensors, self._exchange.ranks())
 
         self._layout = common_layout(self._exchange, entries, self._exchange.together("", look))
         numbers = {name: index for index, entry in enumerate(entries) for name in entry.names}

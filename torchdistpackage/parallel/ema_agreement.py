@@ -13,20 +13,24 @@ from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.ema_exchange import Exchange
 from torchdistpackage.parallel.ema_layout import Box, Entry, Layout
 from torchdistpackage.parallel.ema_tensors import local_box
+from torchdistpackage.parallel.expert_replicas import different_experts
 
 __all__ = ["common_layout", "description"]
 
 
-def description(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> tuple[str, list[Any]]:
+def description(entries: Sequence[Entry], tensors: Mapping[str, Tensor], ranks: Sequence[int]) -> tuple[str, list[Any]]:
     """A digest of what must be alike on all ranks, and this rank's box of every kind of DTensor.
 
     Args:
         entries: The tensors of the model.
         tensors: As `named_tensors` gives them.
+        ranks: The global ranks of the group.
 
     Raises:
-        CheckpointError: A DTensor is partial, or a buffer is sharded.
+        CheckpointError: A DTensor is partial, a buffer is sharded, or the ranks hold different experts.
     """
+    if wrong := different_experts(tensors.values(), ranks):
+        raise CheckpointError(f"ShardedEMA: {wrong}")
     boxes = []
     for entry in {entry.kind: entry for entry in reversed(entries) if entry.placement}.values():
         box = local_box(entry.name, tensors[entry.name])

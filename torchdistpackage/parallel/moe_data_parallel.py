@@ -9,7 +9,8 @@ With 4 replicas of a model, 2 of which share its experts out among them, every e
 The model's own wrapper is told to leave the experts alone (`module._ddp_params_and_buffers_to_ignore`), and they are
 reduced here, while the backward runs. An expert that got no token on a rank takes part without a gradient.
 
-Neighbours: `gradient_reduction.py` has the machine; `data_parallel.py` lets a pipelined step reduce them once.
+Neighbours: `gradient_reduction.py` has the machine; `data_parallel.py` lets a pipelined step reduce them once;
+`expert_replicas.py` tells norms, optimizers and averages who holds the same experts.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.expert_replicas import different_experts, forget, register
 from torchdistpackage.parallel.gradient_reduction import GradientReduction, ReductionOfStep, ReductionOptions
 from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
 from torchdistpackage.parallel.same_start import broadcast_tensors, source_rank
+from torchdistpackage.parallel.sharded_gradients import holders
 from torchdistpackage.topology import tpc
 
 __all__ = ["ExpertsOfStep", "MoEDP", "create_moe_dp_hooks", "moe_dp_iter_step"]
@@ -42,7 +45,8 @@ class MoEDP:
 
     They are made equal at once, and their gradients are reduced by `reduce_gradients()` or, for all such objects
     together, by `moe_dp_iter_step()`. It lives as long as its parameters do, whether or not anybody keeps it; another
-    one for the same parameters takes its place.
+    one for the same parameters takes its place. From now on `clip_grad_norm_` counts these experts and those that other
+    ranks of the data group hold, each once; so make it also where every rank has experts of its own.
 
     Args:
         expert_params: Name -> parameter, pairs of them, or parameters; the same on every rank of the group.
@@ -56,7 +60,8 @@ class MoEDP:
         verbose: Log, on level INFO, how long a reduction took.
 
     Raises:
-        PipelineError: An argument is out of its range, or the replicas have different parameters.
+        PipelineError: An argument is out of its range, the replicas have different parameters, or a
+            `Bf16ZeroOptimizer` shares them out over ranks that hold other experts.
         TopologyError: There is no such group; `dp_rank0` is not in it.
 
     Example:
@@ -87,7 +92,7 @@ class MoEDP:
         self._source = source_rank(self.group, dp_rank0)
         self._expert_params = [(name, TensorWeakRef(parameter)) for name, parameter in named.items()]
         self._reduction: GradientReduction | None = None
-        self._no_sync, self._reduced_by_step = 0, False
+        self._no_sync, self._reduced_by_step, self._number = 0, False, next(_numbers)
         for parameter in named.values():
             before = _owners.get(parameter)  # type: ignore[no-untyped-call]
             if before is not None:
@@ -98,7 +103,12 @@ class MoEDP:
             self.broadcast_params()
         for parameter in named.values():
             _owners[parameter] = self
-        self._number = next(_numbers)
+            register(parameter, self.group)
+        for optimizer in holders(named.values()):
+            ranks = [rank for group in optimizer.shards.groups for rank in dist.get_process_group_ranks(group)]
+            if wrong := different_experts(named.values(), ranks):
+                self.close()
+                raise PipelineError(f"Bf16ZeroOptimizer holds experts: {wrong}")
         _live[self._number] = self
 
     @property
@@ -153,6 +163,7 @@ class MoEDP:
         for parameter in self.expert_params.values():
             if _owners.get(parameter) is self:  # type: ignore[no-untyped-call]
                 del _owners[parameter]
+                forget(parameter)
 
     def of_step(self) -> ReductionOfStep | None:
         """What a pipelined step has to reduce; None inside of `no_sync()`, or without replicas."""

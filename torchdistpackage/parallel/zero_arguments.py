@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError
+from torchdistpackage.parallel.expert_replicas import different_experts
 from torchdistpackage.parallel.same_start import agree_on_parameters, broadcast_tensors, source_rank
 from torchdistpackage.parallel.zero_group import ShardGroup
 
@@ -112,8 +113,12 @@ def start_alike(groups: Sequence[Sequence[Tensor]], shards: ShardGroup, argument
     """Every rank gets the weights of the first one of its group: it will write a part of them only. Collective.
 
     Raises:
-        PipelineError: The ranks have other parameters, or other arguments.
+        PipelineError: The ranks have other parameters, other experts, or other arguments.
     """
+    everything = [parameter for parameters in groups for parameter in parameters]
+    for group in shards.groups:
+        if wrong := different_experts(everything, dist.get_process_group_ranks(group)):
+            raise PipelineError(f"Bf16ZeroOptimizer: {wrong}")
     kinds = [
         f"{number}.{index} {tuple(p.shape)} {p.dtype} {p.requires_grad}"
         for number, parameters in enumerate(groups)
@@ -121,4 +126,4 @@ def start_alike(groups: Sequence[Sequence[Tensor]], shards: ShardGroup, argument
     ]
     for group in shards.groups:
         agree_on_parameters("Bf16ZeroOptimizer", [*kinds, str(arguments)], group)
-        broadcast_tensors([p for parameters in groups for p in parameters], group, source_rank(group, 0))
+        broadcast_tensors(everything, group, source_rank(group, 0))
