@@ -11,9 +11,12 @@ from mixture_of_experts import EXPERTS, WIDTH, Model, batch, plain_step, spread
 from torch import nn
 
 from torchdistpackage import (
+    DDP,
     Bf16ZeroOptimizer,
+    Checkpointer,
     CheckpointError,
     MoEDP,
+    NaiveDDP,
     PipelineError,
     ShardedEMA,
     clip_grad_norm_,
@@ -69,22 +72,81 @@ def refused(rank, world):
     tpc.build_moe_groups(moe_ep_size=2)
     experts = nn.Linear(WIDTH, WIDTH)
     early = Bf16ZeroOptimizer(torch.optim.SGD(experts.parameters(), lr=1.0))
-    with pytest.raises(PipelineError, match=r"(?s)holds experts: parameter 0.*moe_dp"):
+    with pytest.raises(PipelineError, match=r"(?s)Bf16ZeroOptimizer holds experts: parameter 0.*moe_dp"):
         create_moe_dp_hooks(experts.parameters())
     del early
     create_moe_dp_hooks(experts.parameters())
     alike = tpc.get_ranks_in_group("moe_dp")
     with pytest.raises(PipelineError, match=rf"shape \(6, 6\), is of experts that ranks \[{alike[0]}, {alike[1]}\]"):
         Bf16ZeroOptimizer(torch.optim.SGD(experts.parameters(), lr=1.0))
-    with pytest.raises(CheckpointError, match=r"(?s)ShardedEMA: parameter 0.*ranks \[0, 1, 2, 3\] were to share"):
+    with pytest.raises(CheckpointError, match=r"(?s)ShardedEMA: parameter 0.*ranks \[0, 1, 2, 3\] would be taken"):
         ShardedEMA(experts)
     assert ShardedEMA(experts, group=tpc.get_group("moe_dp")).num_updates == 0
     MoEDP(experts.parameters(), process_group=dist.group.WORLD)  # everybody has the same ones after all
     assert ShardedEMA(experts).num_updates == 0
 
 
-def test_different_experts_are_not_mixed():
+def test_different_experts_are_not_shared_out():
     run_distributed(refused, 4)
+
+
+def run_once(wrapper, experts_first):
+    model = nn.Linear(WIDTH, WIDTH)
+    if experts_first:
+        create_moe_dp_hooks(model.named_parameters())
+    around = wrapper(model)
+    if not experts_first:
+        create_moe_dp_hooks(model.named_parameters())
+    forward_backward(None, lambda x: around(x).sum(), None, torch.ones(2, WIDTH), num_microbatches=2)
+
+
+def wrapped(rank, world):
+    """No wrapper averages experts that nobody has taken out of it, whichever comes first."""
+    start(1)
+    for size in (2, 4):  # with 4, experts have no replica: nothing of theirs is reduced anywhere
+        tpc.build_moe_groups(moe_ep_size=size)
+        for wrapper in (DDP, NaiveDDP):
+            for experts_first in (False, True):
+                with pytest.raises(PipelineError, match="_ddp_params_and_buffers_to_ignore before it is wrapped"):
+                    run_once(wrapper, experts_first)
+
+
+def test_no_wrapper_averages_different_experts():
+    run_distributed(wrapped, 4)
+
+
+def numbered_by_rank(rank, world, folder):
+    """Experts that nobody is told to leave alone, since only the layers around them are wrapped."""
+    start(1)
+    tpc.build_moe_groups(moe_ep_size=2)
+    model = nn.ModuleDict({"gate": nn.Linear(WIDTH, 2), "experts": nn.ModuleList([nn.Linear(WIDTH, WIDTH)])})
+    model["gate"] = NaiveDDP(model["gate"])
+    create_moe_dp_hooks(model["experts"].named_parameters())
+    with pytest.raises(CheckpointError, match="Name experts by their number in the whole model"):
+        Checkpointer(folder, model).save(1)
+
+
+def test_a_checkpoint_knows_the_experts_of_hooks(tmp_path):
+    run_distributed(numbered_by_rank, 4, str(tmp_path))
+
+
+def some_without(rank, world):
+    """Three experts on four ranks: the last one has none, and has part in the norm."""
+    start(1)
+    tpc.build_moe_groups(moe_ep_size=world)
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.grad = torch.full((1, 1), 1.0)
+    parameters = [layer.weight]
+    if rank < 3:
+        experts = nn.Linear(1, 1, bias=False)
+        create_moe_dp_hooks(experts.parameters())
+        experts.weight.grad = torch.full((1, 1), 1.0)
+        parameters += experts.parameters()
+    assert clip_grad_norm_(parameters, 10.0).item() == 2.0
+
+
+def test_a_rank_without_experts_takes_part_in_the_norm():
+    run_distributed(some_without, 4)
 
 
 def alone(rank, world):

@@ -22,6 +22,7 @@ from torchdistpackage.checkpoint.parts import check_dense
 from torchdistpackage.errors import CheckpointError
 from torchdistpackage.split.model_tensors import named_tensors
 from torchdistpackage.split.ties import ties_in
+from torchdistpackage.topology.expert_replicas import spread_group
 
 __all__ = ["Aliases", "Named", "Stages", "in_one_module", "named_model", "saved_name"]
 
@@ -39,7 +40,7 @@ class Named:
         tensor: Itself.
         is_parameter: Or else a buffer.
         tied: Whether other stages have it, too.
-        expert: Whether replicas are told to leave it alone, because it is another one on each of them.
+        expert: Whether replicas leave it alone, because it is another one on each of them.
     """
 
     names: tuple[str, ...]
@@ -112,7 +113,7 @@ def named_model(module: nn.Module) -> list[Named]:
 
 def _left_alone(root: nn.Module) -> set[int]:
     """The ids of the parameters that replicas of their module do not share."""
-    found = set()
+    found = {id(one) for one in root.parameters() if spread_group(one) is not None}
     for module in root.modules():
         names = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         found |= {id(one) for name, one in module.named_parameters() if name in names} if names else set()

@@ -26,11 +26,11 @@ from torchdistpackage.parallel.dtensors import (
     settle_gradient,
     sharding_groups,
 )
-from torchdistpackage.parallel.expert_replicas import counts_elsewhere, spread_group
 from torchdistpackage.parallel.pipeline_state import guarded
 from torchdistpackage.parallel.sharded_gradients import holder, holders
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.topology import tpc
+from torchdistpackage.topology.expert_replicas import counts_elsewhere, spread_group
 from torchdistpackage.topology.process_groups import communication_device
 
 __all__ = ["clip_grad_norm_"]
@@ -154,6 +154,9 @@ def _total_norm(parameters: list[Tensor], whole: set[int], held: Mapping[int, Te
 def _sorted_by_sharding(parameters: list[Tensor], whole: set[int], held: Mapping[int, Tensor]) -> list[_Shards]:
     """By parameters, not by gradients: ranks of a group must agree on what is to be reduced, in one order."""
     found: dict[tuple[str, ...], _Shards] = {}
+    if tpc.is_mode_inited("moe_ep"):  # a rank may have no expert at all
+        data = tpc.get_group("data")
+        found[(data.group_name,)] = _Shards((data,))
     for parameter in parameters:
         experts = spread_group(parameter)
         groups = (*sharding_groups(parameter), *([] if experts is None else [experts]))

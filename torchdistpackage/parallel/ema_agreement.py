@@ -13,7 +13,7 @@ from torchdistpackage.parallel.dtensors import local_tensor
 from torchdistpackage.parallel.ema_exchange import Exchange
 from torchdistpackage.parallel.ema_layout import Box, Entry, Layout
 from torchdistpackage.parallel.ema_tensors import local_box
-from torchdistpackage.parallel.expert_replicas import different_experts
+from torchdistpackage.topology.expert_replicas import SAME_EXPERTS, different_experts
 
 __all__ = ["common_layout", "description"]
 
@@ -30,7 +30,7 @@ def description(entries: Sequence[Entry], tensors: Mapping[str, Tensor], ranks: 
         CheckpointError: A DTensor is partial, a buffer is sharded, or the ranks hold different experts.
     """
     if wrong := different_experts(tensors.values(), ranks):
-        raise CheckpointError(f"ShardedEMA: {wrong}")
+        raise CheckpointError(f"ShardedEMA: {wrong}; {SAME_EXPERTS}")
     boxes = []
     for entry in {entry.kind: entry for entry in reversed(entries) if entry.placement}.values():
         box = local_box(entry.name, tensors[entry.name])

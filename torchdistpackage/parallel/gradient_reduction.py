@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -34,12 +35,26 @@ from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.gradient_buckets import Bucket, Slot, bucket_layout
 from torchdistpackage.parallel.same_start import agree_on_parameters
 from torchdistpackage.parallel.sparse_gradients import reduce_sparse_gradient
+from torchdistpackage.topology.expert_replicas import different_experts
 
-__all__ = ["GradientReduction", "ReductionOfStep", "ReductionOptions"]
+__all__ = ["GradientReduction", "ReductionOfStep", "ReductionOptions", "reduced_by", "reduced_twice"]
 
 _log = logging.getLogger(__name__)
 
+_LEAVE_ALONE = "list experts in module._ddp_params_and_buffers_to_ignore before it is wrapped"
 _reduced_by: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weak reference to its reduction
+
+
+def reduced_by(parameter: Tensor) -> str | None:
+    """What reduces the parameter's gradient by buckets: "NaiveDDP", "MoEDP"; None for nothing."""
+    reference = _reduced_by.get(parameter)  # type: ignore[no-untyped-call]
+    reduction: GradientReduction | None = None if reference is None else reference()
+    return None if reduction is None else reduction._what
+
+
+def reduced_twice(name: str, other: str, what: str) -> str:
+    """The error of a parameter that two kinds of owners would reduce."""
+    return f"{name} is reduced by a {other} already, and would be by this {what} again: {_LEAVE_ALONE}"
 
 
 @final
@@ -120,14 +135,14 @@ class GradientReduction:
             parameter = slot.parameter
             if parameter is None:
                 continue
-            before = _reduced_by.get(parameter)  # type: ignore[no-untyped-call]
-            other: GradientReduction | None = None if before is None else before()
-            if other is not None and other._what != self._what:
-                raise PipelineError(
-                    f"{slot.name} is reduced by a {other._what} already, and would be by this {self._what} again: list "
-                    "experts in model._ddp_params_and_buffers_to_ignore before the model is wrapped"
-                )
-            _reduced_by[parameter] = weakref.ref(self)
+            other = reduced_by(parameter)
+            if other is not None and other != self._what:
+                raise PipelineError(reduced_twice(slot.name, other, self._what))
+            if wrong := different_experts([parameter], dist.get_process_group_ranks(self._group)):
+                raise PipelineError(f"{self._what} with {slot.name}: {wrong}; {_LEAVE_ALONE}")
+        for slot in self._slots:
+            if slot.parameter is not None:
+                _reduced_by[slot.parameter] = weakref.ref(self)
 
     # --- what the owner calls -----------------------------------------------------------------------------------------
 

@@ -25,12 +25,19 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from torchdistpackage.errors import PipelineError
-from torchdistpackage.parallel.expert_replicas import different_experts, forget, register
-from torchdistpackage.parallel.gradient_reduction import GradientReduction, ReductionOfStep, ReductionOptions
+from torchdistpackage.parallel.dtensors import sharding_groups
+from torchdistpackage.parallel.gradient_reduction import (
+    GradientReduction,
+    ReductionOfStep,
+    ReductionOptions,
+    reduced_by,
+    reduced_twice,
+)
 from torchdistpackage.parallel.pipeline_state import guarded_if_set_up
 from torchdistpackage.parallel.same_start import broadcast_tensors, source_rank
 from torchdistpackage.parallel.sharded_gradients import holders
 from torchdistpackage.topology import tpc
+from torchdistpackage.topology.expert_replicas import SAME_EXPERTS, different_experts, forget, register
 
 __all__ = ["ExpertsOfStep", "MoEDP", "create_moe_dp_hooks", "moe_dp_iter_step"]
 
@@ -61,7 +68,7 @@ class MoEDP:
 
     Raises:
         PipelineError: An argument is out of its range, the replicas have different parameters, or a
-            `Bf16ZeroOptimizer` shares them out over ranks that hold other experts.
+            wrapper or an optimizer takes ranks that hold other experts for the same.
         TopologyError: There is no such group; `dp_rank0` is not in it.
 
     Example:
@@ -104,12 +111,23 @@ class MoEDP:
         for parameter in named.values():
             _owners[parameter] = self
             register(parameter, self.group)
-        for optimizer in holders(named.values()):
-            ranks = [rank for group in optimizer.shards.groups for rank in dist.get_process_group_ranks(group)]
-            if wrong := different_experts(named.values(), ranks):
-                self.close()
-                raise PipelineError(f"Bf16ZeroOptimizer holds experts: {wrong}")
+        self._refuse_other_sharers(named)
         _live[self._number] = self
+
+    def _refuse_other_sharers(self, named: Mapping[str, Tensor]) -> None:
+        """Raises where an earlier call has taken different experts for replicas of each other."""
+        own = list(named.values())
+        sharers = [("Bf16ZeroOptimizer", own, one.shards.groups) for one in holders(own)]
+        sharers += [("fully_shard", [p], sharding_groups(p)) for p in own]
+        for what, parameters, groups in sharers:
+            ranks = [rank for group in groups for rank in dist.get_process_group_ranks(group)]
+            if wrong := different_experts(parameters, ranks):
+                self.close()
+                raise PipelineError(f"{what} holds experts: {wrong}; {SAME_EXPERTS}")
+        for name, parameter in named.items():
+            if self._reduction is None and (other := reduced_by(parameter)) is not None:
+                self.close()
+                raise PipelineError(reduced_twice(name, other, "MoEDP"))
 
     @property
     def expert_params(self) -> dict[str, Tensor]:

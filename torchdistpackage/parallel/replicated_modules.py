@@ -20,12 +20,14 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime.backward import reachable_leaves
+from torchdistpackage.topology.expert_replicas import different_experts
 
 __all__ = ["Replicated", "TorchReplica", "is_torch_replica", "reduce_now", "tensors"]
 
@@ -108,6 +110,13 @@ class TorchReplica:
                 "DistributedDataParallel(static_graph=True) counts the backwards of its first step and cannot be "
                 "pipelined with several micro-batches; use static_graph=False (find_unused_parameters=True if some "
                 "parameters get no gradient)"
+            )
+        ranks = dist.get_process_group_ranks(self._ddp.process_group)
+        named = self._ddp.module.named_parameters()
+        if wrong := different_experts([p for name, p in named if name not in self._ddp.parameters_to_ignore], ranks):
+            raise PipelineError(
+                f"DistributedDataParallel: {wrong}; list experts in module._ddp_params_and_buffers_to_ignore before it "
+                "is wrapped"
             )
         self._set_quiet(True)
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchdistpackage.errors import PipelineError
-from torchdistpackage.parallel.expert_replicas import different_experts
 from torchdistpackage.parallel.same_start import agree_on_parameters, broadcast_tensors, source_rank
 from torchdistpackage.parallel.zero_group import ShardGroup
+from torchdistpackage.topology.expert_replicas import SAME_EXPERTS, different_experts
 
 __all__ = ["check_arguments", "check_optimizer", "check_parameters", "start_alike"]
 
@@ -118,7 +118,7 @@ def start_alike(groups: Sequence[Sequence[Tensor]], shards: ShardGroup, argument
     everything = [parameter for parameters in groups for parameter in parameters]
     for group in shards.groups:
         if wrong := different_experts(everything, dist.get_process_group_ranks(group)):
-            raise PipelineError(f"Bf16ZeroOptimizer: {wrong}")
+            raise PipelineError(f"Bf16ZeroOptimizer: {wrong}; {SAME_EXPERTS}")
     kinds = [
         f"{number}.{index} {tuple(p.shape)} {p.dtype} {p.requires_grad}"
         for number, parameters in enumerate(groups)

@@ -157,8 +157,13 @@ class Sum:
 
 
 def _warn_of_replicas(group: dist.ProcessGroup) -> None:
-    """Says so if the group is a part of the data group: alone, its gradients stay apart from the others'."""
+    """Says so if the group is a part of the data group: alone, its gradients stay apart from the others'.
+
+    The ranks that hold the same experts are such a part, and the right one for a model that a wrapper reduces.
+    """
     ranks = dist.get_process_group_ranks(group)
+    if tpc._is_inited("moe_dp") and ranks == tpc.get_ranks_in_group("moe_dp"):
+        return
     known = tpc._is_inited("data")
     replicas = (
         tpc.get_ranks_in_group("data") if known else [] if tpc._is_inited("global") else range(dist.get_world_size())

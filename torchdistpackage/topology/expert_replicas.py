@@ -7,8 +7,8 @@
     experts          A B      C D      A B      C D         replicas: 0 2 and 1 3; the model's experts are A B C D
 
 Whoever takes the ranks of the data group for equals asks here first: the norm counts each expert on one of its ranks
-and adds over the data group (`clip_grad_parallel.py`), and what shares parameters out over replicas (`zero.py`,
-`ema.py`) refuses to mix different experts. `moe_data_parallel.py` registers them.
+and adds over the data group, checkpoints save all of them, and what reduces gradients over replicas, or shares
+parameters out over them, refuses to mix different experts. `parallel/moe_data_parallel.py` registers them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torchdistpackage.topology import tpc
+from torchdistpackage.topology.context import tpc
 
-__all__ = ["counts_elsewhere", "different_experts", "forget", "register", "spread_group"]
+__all__ = ["SAME_EXPERTS", "counts_elsewhere", "different_experts", "forget", "register", "spread_group"]
+
+SAME_EXPERTS = (
+    "take the ranks that hold the same experts, tpc.get_group('moe_dp'), which have all other parameters in common, too"
+)
 
 _replicas: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> the global ranks that hold the same
 
@@ -50,20 +54,21 @@ def counts_elsewhere(parameter: Tensor) -> bool:
 
 
 def different_experts(parameters: Iterable[Tensor], ranks: Iterable[int]) -> str | None:
-    """What is wrong with taking these ranks for replicas of all parameters, and what to do; None if nothing is.
+    """What is wrong with taking these ranks for replicas of all parameters; None if nothing is.
 
     Args:
         parameters: Of this rank.
-        ranks: The global ranks that would share them out.
+        ranks: The global ranks that would take them for the same.
     """
+    if not _replicas:
+        return None
     shared = set(ranks)
     for index, parameter in enumerate(parameters):
         replicas = _ranks(parameter)
         if replicas and len(shared) > 1 and not shared <= set(replicas):
             return (
                 f"parameter {index}, of shape {tuple(parameter.shape)}, is of experts that ranks {list(replicas)} hold "
-                f"alone, and ranks {sorted(shared)} were to share it out. Take the ranks that hold the same experts, "
-                "tpc.get_group('moe_dp'), which have all other parameters in common, too"
+                f"alone, and ranks {sorted(shared)} would be taken to have the same"
             )
     return None
 
