@@ -8,6 +8,7 @@ import torch
 from loopback_pipeline import assert_same_gradients, mse, on_every_rank, plain_loop, run_step, stage_inputs
 from torch import nn
 
+from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime import ChunkWork, Executor
 from torchdistpackage.runtime.loopback import loopback
 from torchdistpackage.runtime.message import Kind, flatten
@@ -213,3 +214,31 @@ def test_a_value_that_repeats_keeps_its_place_when_leaves_before_it_change_their
 def test_constants_keep_their_sign_and_their_kind(values):
     arrived, _ = Edge().step([(torch.ones(1), value) for value in values])
     assert [repr(tree[1]) for tree in arrived] == [repr(value) for value in values]
+
+
+def test_a_value_that_repeats_must_not_be_changed_by_who_gets_it():
+    edge, mask = Edge(), torch.randn(MASK)
+    edge.step([(torch.ones(4), mask) for _ in range(3)])
+    for transport in (edge.a, edge.b):
+        transport.begin_step("s", training=True)
+    for number in range(2):
+        edge.a.outlet(1).send(Kind.FORWARD, 0, number, 8, *flatten((torch.ones(4), mask)))
+    hidden, received = edge.b.inlet(0).take(Kind.FORWARD, 0, 0).tensors
+    hidden.add_(1)  # what does not repeat is the receiver's own
+    received.add_(1)
+    with pytest.raises(PipelineError, match="value that stage 0 sends with every micro-batch.* change a clone"):
+        edge.b.inlet(0).take(Kind.FORWARD, 0, 1)
+
+
+def test_what_came_in_the_same_frame_may_be_changed():
+    edge, mask = Edge(), torch.randn(MASK)
+    for _ in range(2):
+        for transport in (edge.a, edge.b):
+            transport.begin_step("s", training=True)
+        for number in range(3):
+            edge.a.outlet(1).send(Kind.FORWARD, 0, number, 8, *flatten((torch.ones(4), mask)))
+            hidden, received = edge.b.inlet(0).take(Kind.FORWARD, 0, number).tensors
+            hidden.add_(1)
+            assert torch.equal(received, mask)
+        for transport in (edge.a, edge.b):
+            transport.finish_step(None, None)

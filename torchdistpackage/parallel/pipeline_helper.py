@@ -27,7 +27,7 @@ from torchdistpackage.split.sequential import (
     flatten_sequence,
     uniform_partition,
 )
-from torchdistpackage.split.ties import TiedParameter, ties_of
+from torchdistpackage.split.ties import TiedParameter, places_of, ties_of
 
 __all__ = [
     "CallableModule",
@@ -242,9 +242,13 @@ def _with_ties(part: list[nn.Module], row: Sequence[nn.Module], owners: Sequence
     ties().cut_again(placed)
     mine = {id(p) for layer in part for p in layer.parameters()}
     for tie in sorted(found, key=lambda tie: tie.name):
-        ranks = placed[id(tie.parameter)]
-        if len(ranks) > 1 and id(tie.parameter) in mine:
-            ties().add(tie.name, ranks, tie.parameter)
+        if id(tie.parameter) not in mine:
+            continue
+        ranks, places = placed[id(tie.parameter)], list(places_of(tie.parameter, part))
+        if len(ranks) < len(tie.stages):
+            ties().watch(module for module, _ in places)
+        if len(ranks) > 1:
+            ties().add(tie.name, ranks, tie.parameter, places)
     return part
 
 

@@ -15,7 +15,7 @@ from torchdistpackage.runtime.layout import Layout, leaf_key
 from torchdistpackage.runtime.message import Message
 from torchdistpackage.runtime.stage import Output
 
-__all__ = ["HandOver"]
+__all__ = ["HandOver", "version_of"]
 
 
 class HandOver(NamedTuple):
@@ -37,7 +37,7 @@ class HandOver(NamedTuple):
         keys = tuple(leaf_key(leaf, training=training) for leaf in result.leaves)
         tensors = [leaf.detach() for leaf in result.leaves if isinstance(leaf, Tensor)]
         layout = Layout(result.spec, keys, skips=result.skips)
-        return cls(Message(layout, tensors, rows), [_version(tensor) for tensor in tensors])
+        return cls(Message(layout, tensors, rows), [version_of(tensor) for tensor in tensors])
 
     def take(self, source: int, stage: int) -> Message:
         """The message.
@@ -49,7 +49,7 @@ class HandOver(NamedTuple):
         Raises:
             PipelineError: A tensor of it has been changed in place since.
         """
-        if [_version(tensor) for tensor in self.message.tensors] != self.versions:
+        if [version_of(tensor) for tensor in self.message.tensors] != self.versions:
             raise PipelineError(
                 f"stage {source} returned a tensor and changed it in place in a later micro-batch, before stage "
                 f"{stage} on the same rank had seen it (or another stage changed it that got it, too); return a clone "
@@ -58,5 +58,6 @@ class HandOver(NamedTuple):
         return self.message
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place; -1 where torch does not count."""
     return -1 if tensor.is_inference() else tensor._version

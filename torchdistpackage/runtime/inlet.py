@@ -16,6 +16,7 @@ from torchdistpackage.runtime import layout as layouts
 from torchdistpackage.runtime import message as wire
 from torchdistpackage.runtime.edge import BROKEN, MAX_DESCRIPTION, MIN_SLOT, Handle, Key
 from torchdistpackage.runtime.failure import FailureReport, RemoteFailure, raise_lost
+from torchdistpackage.runtime.hand_over import version_of
 from torchdistpackage.runtime.layout import ALIGNMENT, Layout, TensorLayout, Travel
 from torchdistpackage.runtime.message import Header, Kind, Message
 
@@ -43,6 +44,7 @@ class Inlet:
         self._layouts: dict[int, Layout] = {}
         self._texts: dict[int, str] = {}
         self._kept: dict[tuple[int, int], dict[int, Tensor]] = {}  # (kind, stage) -> place among the leaves -> value
+        self._versions: dict[int, int] = {}  # id of a value that is kept -> its version when it came
 
     def begin_step(self) -> None:
         """Adopts the slot length that the earlier frames ask for, and the signature of this step."""
@@ -55,7 +57,7 @@ class Inlet:
 
     def end_step(self) -> None:
         """Lets go of the values that repeat."""
-        self._kept = {}
+        self._kept, self._versions = {}, {}
 
     def post(self) -> None:
         """Starts receiving the next message of the edge, whichever it is."""
@@ -76,14 +78,17 @@ class Inlet:
         Raises:
             RemoteFailure: The other rank reports a failure.
             ConnectionLost: The other rank is gone.
-            PipelineError: The other rank runs another plan.
+            PipelineError: The other rank runs another plan, or a value that repeats was changed in place.
             TransportError: The bytes are not a message of ours.
         """
         key = (kind, stage, microbatch)
         mail = self._mail
         while key not in mail:
             self._receive_next()
-        return mail.pop(key)
+        message = mail.pop(key)
+        if self._versions:
+            self._check_unchanged(message, stage)
+        return message
 
     def _receive_next(self) -> None:
         watch = self._watch
@@ -148,9 +153,21 @@ class Inlet:
                 raise TransportError(f"rank {self._sender} leaves out a value that it has not sent in this step")
             tensor = kept[place] if about.travel == Travel.KEPT else next(arrived)
             if about.travel == Travel.KEEP:
+                tensor = tensor.data  # counts its own changes, not those of what came in the same frame
                 kept[place] = tensor
+                self._versions[id(tensor)] = version_of(tensor)
             found.append(tensor)
         return found
+
+    def _check_unchanged(self, message: Message, stage: int) -> None:
+        """Raises if what an earlier micro-batch has brought for all of them is not as it came."""
+        for tensor in message.tensors:
+            version = version_of(tensor)
+            if self._versions.get(id(tensor), version) != version:
+                raise PipelineError(
+                    f"a value that stage {stage} sends with every micro-batch, and that travels once a step, was "
+                    "changed in place by the stage that got it, and the next micro-batch would see that: change a clone"
+                )
 
     def _read_description(self, header: Header) -> None:
         if header.description_bytes > MAX_DESCRIPTION:

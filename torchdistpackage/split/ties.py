@@ -14,7 +14,7 @@ known as well. Neighbours: `names.py`, by whose whole-model names a tie is calle
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +24,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchdistpackage.errors import SplitError
 from torchdistpackage.split.names import slots_of
 
-__all__ = ["TiedParameter", "record_ends", "record_ties", "shared_parameters", "ties_in", "ties_of"]
+__all__ = [
+    "TiedParameter",
+    "places_of",
+    "record_ends",
+    "record_ties",
+    "shared_parameters",
+    "ties_in",
+    "ties_of",
+    "torn_tie",
+]
 
 _TIES = "_torchdistpackage_ties"  # in a module: attribute -> _Tie, for its own parameters
 
@@ -176,3 +185,43 @@ def ties_in(stage: nn.Module) -> dict[str, TiedParameter]:
         if tie is not None and isinstance(slot.tensor, nn.Parameter):
             result[slot.local_name] = TiedParameter(tie.names[0], tie.names, tie.stages, slot.tensor)
     return result
+
+
+def places_of(parameter: nn.Parameter, layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """Where a parameter sits: the module, and its attribute.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> list(places_of(layer.bias, [nn.Sequential(layer)]))
+        [(Linear(in_features=2, out_features=2, bias=True), 'bias')]
+    """
+    for layer in layers:
+        for slot in slots_of(layer):
+            if slot.tensor is parameter:
+                yield slot.module, slot.attribute
+
+
+def torn_tie(modules: Iterable[nn.Module]) -> tuple[str, ...]:
+    """The names of a parameter that was one tensor in these modules when the model was cut, and is several now.
+
+    Returns:
+        Its whole-model names; none if every one is still whole.
+
+    Example:
+        >>> embed, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+        >>> head.weight = embed.weight
+        >>> record_ties([embed, head], (0, 1, 2))
+        >>> torn_tie([embed, head])
+        ()
+        >>> head.weight = nn.Parameter(head.weight.detach().clone())
+        >>> torn_tie([embed, head])
+        ('0.weight', '1.weight')
+    """
+    found: dict[int, nn.Parameter] = {}
+    for module in modules:
+        noted: dict[str, _Tie] = vars(module).get(_TIES, {})
+        for attribute, tie in noted.items():
+            parameter = module._parameters.get(attribute)
+            if parameter is not None and found.setdefault(id(tie), parameter) is not parameter:
+                return tie.names
+    return ()
