@@ -47,6 +47,22 @@ def test_from_one_process_to_four_and_back(tmp_path):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def cut_by_hand(rank, world, folder):
+    setup_distributed(backend="gloo")
+    tpc.setup_process_groups([("pipe", world)])
+    with pytest.raises(CheckpointError, match=r"In modules that you cut by hand .* or pass \{stage: module\}"):
+        Checkpointer(folder, nn.Linear(3, 3)).save(0)
+    for way in (lambda layer: {rank: layer}, lambda layer: nn.ModuleDict({f"layer{rank}": layer})):
+        saved, loaded = nn.Linear(3, 3), nn.Linear(3, 3)
+        Checkpointer(folder, way(saved)).save(1)
+        Checkpointer(folder, way(loaded)).load()
+        assert torch.equal(loaded.weight, saved.weight)
+
+
+def test_stages_that_are_cut_by_hand_are_told_how_to_be_named(tmp_path):
+    run_distributed(cut_by_hand, 2, str(tmp_path))
+
+
 def same(found, expected):
     return all(torch.equal(a, b) for one in zip(found, expected, strict=True) for a, b in zip(*one, strict=True))
 

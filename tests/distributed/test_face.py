@@ -178,6 +178,48 @@ def test_wrong_use_is_one_clear_error_on_every_rank_and_loses_nothing(world):
     run_distributed(wrong_use, world, timeout=40)
 
 
+WRONG_ARGUMENTS = [
+    ({"forward_only": "zb-h1"}, "forward_only must be True or False, got .* 'zb-h1'; .*schedule='zb-h1'"),
+    ({"forward_only": 1}, 'got a value of type int, 1; .* by keyword, schedule="zb-h1"'),
+    ({"schedule": "auto", "memory_limit": "2GB"}, "number of bytes above 0, such as memory_limit=2e9 .*got '2GB'"),
+    ({"schedule": "auto-v", "memory_limit": -5}, "memory_limit must be a number of bytes above 0, .*got -5"),
+    (
+        {"fwd_fn": torch.optim.SGD([torch.ones(1)])},
+        r"fwd_fn must be callable, got .*SGD; .*\(optimizer, fwd_fn, bwd_fn",
+    ),
+    ({"fwd_fn": torch.ones(8, 4)}, r"fwd_fn must be callable, got a value of type Tensor, float32 \(8, 4\);"),
+    ({"fwd_fn": [None]}, r"fwd_fn\[0\] must be callable, got .* None;"),
+    ({"bwd_fn": torch.ones(8, 4)}, r"bwd_fn must be a function .*, got a value of type Tensor, float32 \(8, 4\);"),
+    ({"bwd_fn": [torch.ones(8, 4)]}, r"bwd_fn\[0\] must be a function .*, inputs, \.\.\.\)"),
+    ({"scaler": 1}, "scaler must be a PipelineGradScaler or None, got a value of type int, 1"),
+    ({"data_parallel": True}, "data_parallel holds a value of type bool, True; pass the data-parallel modules"),
+    ({"schedule": "autos"}, "unknown schedule 'autos'; did you mean 'auto'[?] known schedules: 1f1b, .* auto, auto-v;"),
+]
+
+
+def wrong_arguments(rank, world):
+    start(world)
+    layer, x = nn.Linear(4, 4), torch.randn(8, 4)
+    last = tpc.is_last_in_pipeline_group()
+    good = {
+        "fwd_fn": lambda a: layer(a).mean() if last else layer(a),
+        "inputs": x if tpc.is_first_in_pipeline_group() else None,
+        "num_microbatches": 4,
+    }
+    for wrong, reason in WRONG_ARGUMENTS:
+        for who in range(-1, world):  # every rank is wrong, or one of them
+            with pytest.raises((PipelineError, ScheduleError), match=reason):
+                forward_backward(**{**good, **(wrong if who in (-1, rank) else {})})
+    assert layer.weight.grad is None
+    forward_backward(**good)
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_argument_of_another_kind_is_named_with_the_next_thing_to_try(world):
+    run_distributed(wrong_arguments, world, timeout=60)
+
+
 def a_rank_that_leaves(rank, world):
     start(pipe=3)
     if rank == 1:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from loopback_pipeline import mse, on_every_rank, run_step, stage_functions, stage_inputs
 from torch import nn
 
-from torchdistpackage.errors import PipelineError
+from torchdistpackage.errors import PipelineError, TransportError
 from torchdistpackage.runtime import ChunkWork, Executor
 from torchdistpackage.runtime.board import StoreBoard
 from torchdistpackage.runtime.failure import FailureReport, is_torn
@@ -133,6 +133,36 @@ def test_ranks_that_disagree_about_the_plan_all_raise(plans):
     results = on_every_rank(3, rank_step, timeout=5)
     assert all(isinstance(result, PipelineError) for result in results), results
     assert all("ranks disagree about the step" in str(result) for result in results), results
+
+
+def test_a_failing_forward_says_what_it_got():
+    def second(arguments):
+        return arguments[0] @ arguments
+
+    functions = [lambda x: (x, {"mask": x > 0}), second]
+    plan = build("1f1b", 2, 4)
+    first, last = run_step(plan, functions, [torch.ones(12, 4), [torch.ones(12), "note"]])
+    words = "fwd_fn of stage 1 got a list of 4: float32 (3, 4) from stage 0, {mask: bool (3, 4)} from stage 0, "
+    assert words + "float32 (3,) from inputs, 'note' from inputs" in last.__notes__
+    assert words in str(first), "the other rank reads it, too"
+
+
+def test_a_stage_on_the_meta_device_is_said_to_be_there():
+    stage = nn.Linear(4, 1, device="meta")
+    [result] = run_step(build("1f1b", 1, 2), [lambda x: stage(x).mean()], [torch.ones(4, 4)])
+    assert "fwd_fn of stage 0 got float32 (2, 4) from inputs" in result.__notes__
+    assert any("on the meta device, where tensors have no values: give it values" in note for note in result.__notes__)
+
+
+@pytest.mark.parametrize("plan", [build("1f1b", 2, 2), build("zb-v", 1, 2)])
+def test_a_packed_sequence_is_refused_on_one_rank_as_on_two(plan):
+    def pack(x):
+        return "batch", nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), 3), batch_first=True)
+
+    first, *others = run_step(plan, [pack, len], [torch.ones(4, 3, 2), None])
+    reason = "stage 0 returned a PackedSequence, which other ranks cannot rebuild; return tuple(x) and make the Packed"
+    assert isinstance(first, TransportError)
+    assert all(reason in str(result) for result in (first, *others))
 
 
 def test_a_report_fits_into_the_smallest_frame():

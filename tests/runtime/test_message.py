@@ -128,6 +128,7 @@ def test_the_sender_may_change_its_tensor_right_after():
         ([torch.ones(2), {1, 2}], "set, which cannot travel"),
         ([slice(0, 2.5)], "slice, which cannot travel"),
         (torch.eye(2).to_sparse(), "only dense tensors travel"),
+        (torch.ones(2, device="meta"), "on the meta device, which has no values; give the stage values first"),
     ],
 )
 def test_what_cannot_travel_is_refused_by_name(value, reason):
@@ -137,7 +138,9 @@ def test_what_cannot_travel_is_refused_by_name(value, reason):
 
 def test_a_container_that_other_ranks_cannot_rebuild_is_refused():
     point = collections.namedtuple("Unregistered", "x y")
-    with pytest.raises(TransportError, match="register the container"):
+    with pytest.raises(
+        TransportError, match=r"return tuple\(x\) and make the Unregistered again .*, or register the container"
+    ):
         travel([point(torch.ones(1), torch.ones(1))])
 
 

@@ -25,7 +25,7 @@ def test_a_pattern_may_place_its_stages_itself():
         ("hanayo", {"chunks": 3}, r"not 3; schedules that can: interleaved-1f1b, looped-bfs, interleaved-zb"),
         ("1f1b", {"group_size": 4}, "'1f1b' has no option group_size; it takes none"),
         ("interleaved-1f1b", {"groups": 4}, r"no option groups; it takes \['group_size'\]"),
-        ("pattern", {"offsets": ((0, 1), (1, 2))}, r"'pattern' needs the option\(s\) period"),
+        ("pattern", {"offsets": ((0, 1), (1, 2))}, r"'pattern' needs the option\(s\) period: .* period slots later"),
     ],
 )
 def test_what_a_schedule_does_not_take_is_refused(name, options, reason):

@@ -1,7 +1,7 @@
 import pytest
 
 from torchdistpackage.errors import ScheduleError
-from torchdistpackage.schedule import Plan, build, names
+from torchdistpackage.schedule import Plan, build, canonical_name, names
 
 
 @pytest.mark.parametrize("name", names())
@@ -50,6 +50,14 @@ def test_text_that_is_not_a_plan_is_refused(text, reason):
 def test_an_unknown_schedule_lists_the_known_ones():
     with pytest.raises(ScheduleError, match="unknown schedule 'zigzag'; known schedules: .*1f1b.*gpipe"):
         build("zigzag", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("1F1B-interleaved", "interleaved-1f1b"), ("1f1bb", "1f1b"), ("planned-v", "planned-v-too")]
+)
+def test_an_unknown_schedule_is_told_the_nearest_one(name, near):
+    with pytest.raises(ScheduleError, match=f"'{name}'; did you mean '{near}'[?] .*zb-v, planned-v-too; torch's names"):
+        canonical_name(name, besides=["planned-v-too"])
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (2, 0), (2, -3), (2, 1.5), (2, True)])

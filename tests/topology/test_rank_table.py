@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -109,6 +110,12 @@ def test_no_data_dim() -> None:
     ("config", "message"),
     [
         ([], "empty"),
+        ({}, "list of"),
+        ({"pipe": 4}, r"list of \(name, size\), .*; of {'pipe': 4} pass list\(config.items\(\)\)"),
+        (("pipe", 4), r"such as .*; got \('pipe', 4\): put it into a list, \[\('pipe', 4\)\]"),
+        ("pipe", "list of .*; got 'pipe'"),
+        (4, "list of .*; got 4"),
+        ([("pipe", 2, 2)], r"list of .*; got \[\('pipe', 2, 2\)\]"),
         ([("pip", 4)], "unknown dim 'pip'"),
         ([("pp", 4)], "did you mean 'pipe'"),
         ([("pipe", 2), ("pipe", 2)], "2 times"),
@@ -120,7 +127,7 @@ def test_no_data_dim() -> None:
         ([("pipe", 2), ("model", 2)], "leave"),
     ],
 )
-def test_wrong_configurations(config: list[tuple[str, float]], message: str) -> None:
+def test_wrong_configurations(config: Any, message: str) -> None:
     with pytest.raises(TopologyError, match=message):
         rank_table(4, config)
 

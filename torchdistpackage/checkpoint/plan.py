@@ -133,7 +133,8 @@ class _Key:
             ranks = [min(rank for holders in self.places[at].values() for rank, _ in holders) for at in (first, second)]
             hint = (
                 "Give every stage its whole-model names: flatten_model, partition_chunks, partition_causal_lm and "
-                "split_model do, and note ties"
+                "split_model do, and note ties. In modules that you cut by hand give attributes the names that they "
+                "have in the whole model, or pass {stage: module}, whose names begin with the number of the stage"
                 if first[0] != second[0]
                 else "Name experts by their number in the whole model, not by their number on the rank"
             )

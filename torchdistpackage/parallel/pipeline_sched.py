@@ -28,6 +28,7 @@ from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.data_parallel import DistributedDataParallelReducer
 from torchdistpackage.parallel.measure import measure_step
 from torchdistpackage.parallel.pipeline_state import PipelineState, current_state, running_step
+from torchdistpackage.parallel.step_arguments import check_functions, check_memory_limit, check_options
 from torchdistpackage.parallel.step_plan import AutoPlan, is_auto, resolve_plan
 from torchdistpackage.parallel.tied_parameters import ties
 from torchdistpackage.runtime.backward import BackwardFn
@@ -131,7 +132,8 @@ def forward_backward(
     )
     with transport.guard("the arguments of forward_backward"):
         kept.recover()
-        _check_arguments(optimizer, fwd_fn, bwd_fn, loss_reduction, dtype)
+        check_functions(optimizer, fwd_fn, bwd_fn)
+        check_options(forward_only, loss_reduction, dtype, data_parallel, scaler)
         auto = _auto(kept, schedule, num_microbatches, fwd_fn, memory_limit)
         plan = _plan(auto, schedule, size, num_microbatches, forward_only, fwd_fn, inputs)
         tied.adopt(plan.placement)
@@ -185,29 +187,13 @@ def forward_eval(fwd_fn: ForwardFn, inputs: Any = None, dtype: torch.dtype | Non
     return forward_backward(fwd_fn=fwd_fn, inputs=inputs, dtype=dtype, forward_only=True, **options)
 
 
-def _check_arguments(optimizer: Any, fwd_fn: Any, bwd_fn: Any, loss_reduction: Any, dtype: Any) -> None:
-    if fwd_fn is None:
-        raise PipelineError("fwd_fn is missing: pass the function that runs this stage, fwd_fn(inputs)")
-    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
-        raise PipelineError(
-            f"optimizer is a {type(optimizer).__name__} without zero_grad(); the order of arguments is "
-            "forward_backward(optimizer, fwd_fn, bwd_fn, inputs, ...)"
-        )
-    backwards = bwd_fn if isinstance(bwd_fn, (list, tuple)) else [bwd_fn]
-    if any(function is not None and not callable(function) for function in backwards):
-        raise PipelineError(f"bwd_fn must be a function of (output, output_grad) or None, got {bwd_fn!r}")
-    if loss_reduction not in ("mean", "sum"):
-        raise PipelineError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise PipelineError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
-
-
 def _auto(kept: PipelineState, schedule: Any, m: int, fwd_fn: Any, memory_limit: float | None) -> AutoPlan | None:
     """The planner of this kind of step, if it is to be planned."""
     if not is_auto(schedule):
         if memory_limit is not None:
             raise PipelineError(f"memory_limit={memory_limit} needs schedule='auto'; {schedule!r} holds what it holds")
         return None
+    check_memory_limit(memory_limit)
     key = (schedule.lower(), m, _count(fwd_fn) or 1, memory_limit)
     if key not in kept.planners:
         replicas = [tpc.get_control_group(mode) for mode in ("data", "tensor") if tpc.is_mode_inited(mode)]
@@ -256,7 +242,7 @@ def _chunks(
     one = count == 1 and not (several and isinstance(inputs, (list, tuple)) and len(inputs) == 1)
     own = [inputs] if one else [None] * count if inputs is None else inputs
     fits = isinstance(own, (list, tuple)) and len(functions) == len(backwards) == len(own) == count
-    if not fits or not all(map(callable, functions)):
+    if not fits:
         raise PipelineError(
             f"schedule {plan.name!r} gives rank {rank} {count} stage(s), {stages}: fwd_fn must be a list of {count} "
             f"function(s), and inputs None or a list of {count} entries (None where a stage has none), in this order; "

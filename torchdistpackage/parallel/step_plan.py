@@ -35,6 +35,7 @@ from torchdistpackage.schedule import (
     Placement,
     Plan,
     build,
+    canonical_name,
     complete,
     describe,
     names,
@@ -79,7 +80,7 @@ def placement_of(
         if is_auto(given):
             where = _AUTO[given.lower()]
             return Placement.v(num_ranks, chunks or 2) if where == "v" else Placement.loop(num_ranks, chunks or 1)
-        facts = describe(given)
+        facts = describe(canonical_name(given, _AUTO))
         if not facts.runs(chunks or facts.chunks):
             raise ScheduleError(
                 f"schedule {facts.name!r} does not run {chunks} stages a rank; its own are {facts.chunks}"
@@ -114,7 +115,8 @@ def resolve_plan(
     """
     given: Any = _loaded(schedule)
     if not isinstance(given, Plan):
-        return build(given, num_ranks, num_microbatches, forward_only=forward_only, chunks=chunks)
+        name = canonical_name(given, _AUTO)
+        return build(name, num_ranks, num_microbatches, forward_only=forward_only, chunks=chunks)
     found = (given.placement.num_ranks, given.num_microbatches)
     if found != (num_ranks, num_microbatches):
         raise ScheduleError(

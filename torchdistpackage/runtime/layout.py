@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ INEXACT = (float, complex)
 
 _SEQUENCES = {torch.Size: "size", slice: "slice"}
 _DAMAGE = (LookupError, ValueError, TypeError, AttributeError, NotImplementedError, ScheduleError, TransportError)
+_PLAIN = (list, tuple, dict, OrderedDict, defaultdict, deque)
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -139,13 +141,7 @@ class Layout:
         Raises:
             TransportError: The pytree has a container that cannot be rebuilt from its name.
         """
-        try:
-            spec = None if self.spec is None else pytree.treespec_dumps(self.spec)
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise TransportError(
-                f"a stage returned a container that other ranks cannot rebuild ({error}); return tensors in tuples, "
-                "lists or dicts, or register the container with torch's pytree and a serialized_type_name"
-            ) from error
+        spec = None if self.spec is None else describe_spec(self.spec, "a stage")
         wire = None if self.wire_dtype is None else _dtype_name(self.wire_dtype)
         leaves = [_leaf_to_json(leaf) for leaf in self.leaves]
         return {"spec": spec, "wire": wire, "leaves": leaves, "skips": self.skips}
@@ -178,6 +174,44 @@ class Layout:
         )
 
 
+def describe_spec(spec: pytree.TreeSpec, who: str) -> str:
+    """The structure of a pytree as text.
+
+    Args:
+        spec: The structure.
+        who: What returned it, for the message.
+
+    Raises:
+        TransportError: It has a container that cannot be rebuilt from its name.
+    """
+    try:
+        return pytree.treespec_dumps(spec)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        kind = next(filter(None, map(_foreign, _nodes(spec))), None)
+        what, advice = f"a container ({error})", "return tensors in tuples, lists or dicts"
+        if kind is not None:
+            what, inner = f"a {kind.__name__}", "tuple(x)" if issubclass(kind, tuple) else "what is in it"
+            advice = f"return {inner} and make the {kind.__name__} again in the next stage"
+        raise TransportError(
+            f"{who} returned {what}, which other ranks cannot rebuild; {advice}, or register the container with "
+            "torch's pytree and a serialized_type_name"
+        ) from error
+
+
+def _nodes(spec: pytree.TreeSpec) -> Iterator[pytree.TreeSpec]:
+    yield spec
+    # Newer versions of torch have renamed it.
+    for child in spec.children() if hasattr(spec, "children") else spec.children_specs:
+        yield from _nodes(child)
+
+
+def _foreign(node: pytree.TreeSpec) -> type | None:
+    """The class of a container that is not Python's own; of a named tuple it is the context."""
+    if node.type is None or node.type in _PLAIN:
+        return None
+    return node.context if isinstance(node.context, type) else node.type
+
+
 def _constant(leaf: Leaf) -> Any:
     kind, value = leaf
     return slice(*value) if kind is slice else value
@@ -190,6 +224,11 @@ def leaf_key(leaf: Any, *, training: bool, travel: int = Travel.ALWAYS) -> Leaf:
         TransportError: The leaf is neither a dense tensor nor a plain constant.
     """
     if isinstance(leaf, Tensor):
+        if leaf.is_meta:
+            raise TransportError(
+                "a stage returned a tensor on the meta device, which has no values; give the stage values first, by "
+                "pipe.build_stage(...), record_init(...).fill([stage]), or stage.to_empty(device=...) and a checkpoint"
+            )
         if leaf.layout is not torch.strided or leaf.is_quantized or hasattr(leaf, "to_local"):
             raise TransportError(
                 f"a stage returned a {type(leaf).__name__} with layout {leaf.layout}; only dense tensors travel "

@@ -79,7 +79,8 @@ def slice_inputs(inputs: Any, num_microbatches: int) -> Slices:
     if any(leaf.shape[0] != rows for leaf in cut):
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in cut)
         raise PipelineError(
-            f"all tensors in inputs are cut along dim 0 and must have the same number of rows; got shapes {shapes}"
+            f"all tensors in inputs are cut along dim 0 and must have the same number of rows; got shapes {shapes}. "
+            "One that is not batched (a mask, the weights of classes) is used inside of fwd_fn, not passed in inputs"
         )
     if rows == 0:
         raise PipelineError("inputs have 0 rows: a step needs at least one")

@@ -33,8 +33,10 @@ from torchdistpackage.runtime.backward import (
     run_backward,
     weighted_loss,
 )
+from torchdistpackage.runtime.layout import describe_spec
 from torchdistpackage.runtime.message import Message, flatten
 from torchdistpackage.runtime.weight_grad import PutOff, find_cut
+from torchdistpackage.runtime.words import note_call
 from torchdistpackage.schedule.routing import Routed, Skips
 
 __all__ = ["ForwardFn", "GradientReducer", "Output", "Stage"]
@@ -111,6 +113,7 @@ class Stage:
         self.is_last = index == num_stages - 1
         self._saved: dict[int, _Saved] = {}
         self._waiting: dict[int, _Waiting] = {}
+        self._described: TreeSpec | None = None
         self.end_step()
 
     def begin_step(
@@ -160,19 +163,24 @@ class Stage:
             What the function returned.
 
         Raises:
-            PipelineError: The output cannot pass a gradient on to the input.
+            Exception: The user's own, with what the function got as a note.
         """
         leaves: list[Tensor] = []
         aliases: list[Tensor] = []
         came = [value for each in far for value in _received(each, leaves, aliases)] if far else []
         arguments = own if message is None else [*came, *_received(message, leaves, aliases), *own]
-        argument = arguments[0] if len(arguments) == 1 else arguments
-        if self.reducer is not None and not self._watched:
-            self._watched = True
-            with self.reducer.watch(only):
+        count = len(arguments)
+        argument = arguments[0] if count == 1 else arguments
+        try:
+            if self.reducer is not None and not self._watched:
+                self._watched = True
+                with self.reducer.watch(only):
+                    output = self._forward_fn(argument)
+            else:
                 output = self._forward_fn(argument)
-        else:
-            output = self._forward_fn(argument)
+        except Exception as error:
+            note_call(error, self.index, message, far, own, count)
+            raise
         for leaf, alias in zip(leaves, aliases, strict=True):
             if alias._version:
                 # Changed in place. If it was handed over by another stage of this rank, that stage's output is the same
@@ -200,8 +208,16 @@ class Stage:
             )
 
     def flatten(self, microbatch: int, output: Any) -> Output:
-        """Flattens an output that goes on to the next stage, and notes which of its tensors want a gradient."""
+        """Flattens an output that goes on to the next stage, and notes which of its tensors want a gradient.
+
+        Raises:
+            TransportError: It has a container that another rank could not rebuild.
+            PipelineError: It cannot pass a gradient on to the input.
+        """
         leaves, spec = flatten(output)
+        if microbatch == 0 and spec is not None and spec != self._described:
+            describe_spec(spec, f"stage {self.index}")  # a stage of this rank refuses what one elsewhere would
+            self._described = spec
         if self._training:
             saved = self._saved[microbatch]
             saved.roots.extend(beginning(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)

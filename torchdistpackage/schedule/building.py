@@ -109,7 +109,7 @@ def _check_options(facts: ScheduleFacts, options: dict[str, Any]) -> None:
         raise ScheduleError(
             f"schedule {facts.name!r} has no option {', '.join(unknown)}; it takes {sorted(known) or 'none'}"
             if unknown
-            else f"schedule {facts.name!r} needs the option(s) {', '.join(missing)}"
+            else f"schedule {facts.name!r} needs the option(s) {', '.join(missing)}: {facts.told}"
         )
 
 

@@ -7,7 +7,8 @@ rest of the library needs to know of a schedule (how many chunks, which placemen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class ScheduleFacts:
         source: Where it was published.
         aliases: Other names; case, `-`, `_` and spaces do not matter anywhere.
         needs: Options without which it cannot be built.
+        told: What these are, in words.
 
     Example:
         >>> facts = describe("interleaved-1f1b")
@@ -65,6 +67,7 @@ class ScheduleFacts:
     source: str
     aliases: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    told: str = ""
 
     def runs(self, chunks: int) -> bool:
         """Whether it can be built with this many stages a rank."""
@@ -194,6 +197,8 @@ _CATALOGUE: dict[str, ScheduleFacts] = {
             "Qi et al. 2024, Pipeline Parallelism with Controllable Memory",
             chunks_step=1,
             needs=("offsets", "period"),
+            told="offsets has an entry a stage, the slots of micro-batch 0's (F, B) or (F, I, W), and each next "
+            "one comes period slots later, as in build('pattern', 2, m, offsets=((0, 3), (1, 2)), period=2), a plan",
         ),
     )
 }
@@ -216,8 +221,12 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(name for name, facts in _CATALOGUE.items() if not facts.needs))
 
 
-def canonical_name(name: str) -> str:
+def canonical_name(name: str, besides: Iterable[str] = ()) -> str:
     """The catalogue's spelling of a name; case, `-`, `_` and spaces do not matter.
+
+    Args:
+        name: The name.
+        besides: What the caller takes besides, for the message.
 
     Raises:
         ScheduleError: There is no such schedule; the message lists those that there are.
@@ -228,8 +237,16 @@ def canonical_name(name: str) -> str:
     """
     key = _key(name) if isinstance(name, str) else name
     if not isinstance(name, str) or key not in _BY_KEY:
-        raise ScheduleError(f"unknown schedule {name!r}; known schedules: {', '.join(names())}")
+        raise ScheduleError(_unknown(name, tuple(besides)))
     return _BY_KEY[key]
+
+
+def _unknown(name: Any, besides: tuple[str, ...]) -> str:
+    spellings = {**_BY_KEY, **{_key(other): other for other in besides}}
+    near = difflib.get_close_matches(_key(name), spellings, 1) if isinstance(name, str) else []
+    hint = f"did you mean {spellings[near[0]]!r}? " if near else ""
+    known = ", ".join((*names(), *besides))
+    return f"unknown schedule {name!r}; {hint}known schedules: {known}; torch's names (Interleaved1F1B, ...) do, too"
 
 
 def describe(name: str) -> ScheduleFacts:

@@ -16,8 +16,9 @@ whose ranks are neighbours. Every group is therefore an arithmetic progression, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torchdistpackage.errors import TopologyError
 
@@ -180,11 +181,10 @@ def rank_table(world_size: int, config: Sequence[tuple[str, float]], *, custom_d
         ((0, 2), (1, 3))
 
     Raises:
-        TopologyError: no dims, an unknown or repeated name, a size below 1 or with a fraction, or sizes that do not
-            multiply to the world size.
+        TopologyError: no list of pairs, no dims, an unknown or repeated name, a size below 1 or with a fraction, or
+            sizes that do not multiply to the world size.
     """
-    if not config:
-        raise TopologyError('the configuration is empty; give at least one dim, such as [("pipe", 2)]')
+    config = _entries(config)
     dims = tuple(name for name, _ in config)
     for name in dims:
         _check_name(name, dims, custom_dims)
@@ -213,6 +213,25 @@ def node_groups(world_size: int, num_per_node: int) -> tuple[tuple[int, ...], ..
             f"{world_size} ranks do not divide into nodes of {num_per_node}; give a divisor of {world_size}"
         )
     return tuple(tuple(range(start, start + num_per_node)) for start in range(0, world_size, num_per_node))
+
+
+def _entries(config: Any) -> list[tuple[str, float]]:
+    """The configuration as a list of pairs.
+
+    Raises:
+        TopologyError: It is something else, or empty.
+    """
+    wanted = 'a list of (name, size), outermost first, such as [("data", 2), ("pipe", 4)]'
+    if isinstance(config, Mapping):
+        raise TopologyError(f"the configuration is {wanted}; of {config!r} pass list(config.items())")
+    if isinstance(config, Sequence) and len(config) == 2 and isinstance(config[0], str) and config[0] in STANDARD_MODES:
+        raise TopologyError(f"the configuration is {wanted}; got {config!r}: put it into a list, [{tuple(config)!r}]")
+    found = list(config) if isinstance(config, Iterable) and not isinstance(config, str) else [config]
+    if any(isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2 for entry in found):
+        raise TopologyError(f"the configuration is {wanted}; got {config!r}")
+    if not found:
+        raise TopologyError('the configuration is empty; give at least one dim, such as [("pipe", 2)]')
+    return found
 
 
 def _check_name(name: str, dims: tuple[str, ...], custom_dims: Collection[str]) -> None:

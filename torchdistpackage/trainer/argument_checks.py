@@ -151,7 +151,7 @@ def loaded_schedule(args: PipelineTrainingArguments) -> str | Plan:
             return Plan.from_csv(Path(given).read_text(), name=Path(given).name)
         except OSError as error:
             raise ScheduleError(f"cannot read the schedule {str(given)!r}: {error.strerror}") from error
-    return given.lower() if given.lower() in _AUTO else canonical_name(given)
+    return given.lower() if given.lower() in _AUTO else canonical_name(given, _AUTO)
 
 
 def chunks_of(schedule: str | Plan, stages_per_rank: int | None) -> int:
