@@ -143,6 +143,8 @@ def test_the_loss_must_be_a_scalar_that_requires_grad():
         PipelineError, match=r"must return the loss, a scalar tensor; it returned a tensor of shape \(2, 4\)"
     ):
         step_of([a, lambda h: h * 2], [torch.randn(4, 4), None])
+    with pytest.raises(PipelineError, match="it returned a tuple. Append what else you want to log to a list of yours"):
+        step_of([a, lambda h: (h.mean(), h.detach())], [torch.randn(4, 4), None])
     with pytest.raises(PipelineError, match="the loss does not require a gradient"):
         step_of([a, lambda h: h.detach().mean()], [torch.randn(4, 4), None])
 

@@ -70,8 +70,8 @@ def forward_backward(
     one entry for each stage of this rank, in the order of the model.
 
     Args:
-        optimizer: Its `zero_grad()` is called first. With None nothing is zeroed: gradients are only ever added to, so
-            that two calls accumulate.
+        optimizer: Its `zero_grad()` is called first, also with `forward_only`. With None nothing is zeroed: gradients
+            are only ever added to, so that two calls accumulate.
         fwd_fn: This stage's forward. Gets one object when there is one input, else a list `[from the previous stage
             ..., *this stage's slices]`: a list or tuple that the previous stage returned is spread, anything else, a
             dict too, is one entry. Values that go to several stages are returned as a `Routed`; a stage gets those of
@@ -103,8 +103,10 @@ def forward_backward(
             returned is not scaled; a `bwd_fn` of the last stage gets the scaled loss.
 
     Returns:
-        On the rank of the last stage the batch's loss, detached, or with `forward_only` and outputs that are not
-        scalars all of their rows in order. None elsewhere, unless `broadcast_loss` is set.
+        On the rank of the last stage the batch's loss, detached. With `forward_only` what its `fwd_fn` returned, put
+        together: all rows in order; floating 0-d tensors reduced as the loss is, weighted by rows; integer ones as a
+        tensor of all micro-batches' values; anything else as it is if all micro-batches agree, else as a list. None
+        elsewhere, unless `broadcast_loss` is set.
 
     Raises:
         TopologyError: Process groups have not been set up.
@@ -176,7 +178,7 @@ def forward_eval(fwd_fn: ForwardFn, inputs: Any = None, dtype: torch.dtype | Non
         **options: Any other argument of `forward_backward`.
 
     Returns:
-        On the rank of the last stage its output; None elsewhere.
+        On the rank of the last stage its output, put together as `forward_backward` says; None elsewhere.
 
     Example:
         >>> stage, samples = nn.Linear(2, 3), torch.ones(8, 2)

@@ -73,7 +73,7 @@ def loss_root(loss: Any, weight: float) -> Roots:
     if not _is_scalar(loss):
         raise PipelineError(
             f"in training the last stage's fwd_fn must return the loss, a scalar tensor; it returned {_what(loss)}. "
-            "For evaluation call with forward_only=True"
+            "Append what else you want to log to a list of yours; for evaluation call with forward_only=True"
         )
     if not loss.requires_grad:
         raise PipelineError(

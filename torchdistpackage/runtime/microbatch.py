@@ -101,8 +101,8 @@ def merge_outputs(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
         weights: What a 0-d floating tensor (a loss, a metric) of each micro-batch counts in the sum.
 
     Returns:
-        The same structure: tensors concatenated along dim 0, 0-d floating tensors summed with their weights, anything
-        else kept if it is the same in all micro-batches, and otherwise as a list.
+        The same structure: tensors concatenated along dim 0, 0-d floating tensors summed with their weights, other 0-d
+        tensors stacked, anything else kept if it is the same in all micro-batches, and otherwise as a list.
 
     Raises:
         PipelineError: Structures, types or the shapes of rows differ.
