@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distributed_harness import run_distributed
-from distributed_pipeline import start
+from distributed_pipeline import fully_shards, start
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -77,6 +77,7 @@ def sharded_afterwards(rank, world):
     check_training(stage)
 
 
+@fully_shards
 @pytest.mark.parametrize("world", [2, 4])
 def test_fully_shard_after_the_cut(world):
     run_distributed(sharded_afterwards, world)
