@@ -91,7 +91,7 @@ class ShardedEMA:
         def look() -> tuple[str, list[Any]]:
             tensors.update(named_tensors(model))
             entries.extend(entries_of(tensors, dtype))
-            return description(entries, tensors, self._exchange.ranks())
+            return description(entries, tensors, self._exchange.group)
 
         self._layout = common_layout(self._exchange, entries, self._exchange.together("", look))
         numbers = {name: index for index, entry in enumerate(entries) for name in entry.names}

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from torchdistpackage.errors import CheckpointError
@@ -18,18 +19,20 @@ from torchdistpackage.topology.expert_replicas import SAME_EXPERTS, different_ex
 __all__ = ["common_layout", "description"]
 
 
-def description(entries: Sequence[Entry], tensors: Mapping[str, Tensor], ranks: Sequence[int]) -> tuple[str, list[Any]]:
+def description(
+    entries: Sequence[Entry], tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None
+) -> tuple[str, list[Any]]:
     """A digest of what must be alike on all ranks, and this rank's box of every kind of DTensor.
 
     Args:
         entries: The tensors of the model.
         tensors: As `named_tensors` gives them.
-        ranks: The global ranks of the group.
+        group: Of the replicas; None for a rank on its own.
 
     Raises:
         CheckpointError: A DTensor is partial, a buffer is sharded, or the ranks hold different experts.
     """
-    if wrong := different_experts(tensors.values(), ranks):
+    if wrong := different_experts(tensors.values(), *([] if group is None else [group])):
         raise CheckpointError(f"ShardedEMA: {wrong}; {SAME_EXPERTS}")
     boxes = []
     for entry in {entry.kind: entry for entry in reversed(entries) if entry.placement}.values():

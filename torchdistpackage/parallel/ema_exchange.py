@@ -111,10 +111,6 @@ class Exchange:
             raise TopologyError(f"group is {what}; pass a process group of this rank, such as tpc.get_group('data')")
         self.rank, self.size = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
 
-    def ranks(self) -> list[int]:
-        """The global ranks of the group; none if this rank is on its own."""
-        return [] if self.group is None else dist.get_process_group_ranks(self.group)
-
     def guarded(self, action: str) -> AbstractContextManager[None]:
         """Surrounds what waits for other ranks: where `tpc` is set up, a failure of one is an error on all.
 

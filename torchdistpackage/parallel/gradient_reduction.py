@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -138,7 +137,7 @@ class GradientReduction:
             other = reduced_by(parameter)
             if other is not None and other != self._what:
                 raise PipelineError(reduced_twice(slot.name, other, self._what))
-            if wrong := different_experts([parameter], dist.get_process_group_ranks(self._group)):
+            if wrong := different_experts([parameter], self._group):
                 raise PipelineError(f"{self._what} with {slot.name}: {wrong}; {_LEAVE_ALONE}")
         for slot in self._slots:
             if slot.parameter is not None:

@@ -120,8 +120,7 @@ class MoEDP:
         sharers = [("Bf16ZeroOptimizer", own, one.shards.groups) for one in holders(own)]
         sharers += [("fully_shard", [p], sharding_groups(p)) for p in own]
         for what, parameters, groups in sharers:
-            ranks = [rank for group in groups for rank in dist.get_process_group_ranks(group)]
-            if wrong := different_experts(parameters, ranks):
+            if wrong := different_experts(parameters, *groups):
                 self.close()
                 raise PipelineError(f"{what} holds experts: {wrong}; {SAME_EXPERTS}")
         for name, parameter in named.items():

@@ -20,7 +20,6 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -111,9 +110,9 @@ class TorchReplica:
                 "pipelined with several micro-batches; use static_graph=False (find_unused_parameters=True if some "
                 "parameters get no gradient)"
             )
-        ranks = dist.get_process_group_ranks(self._ddp.process_group)
         named = self._ddp.module.named_parameters()
-        if wrong := different_experts([p for name, p in named if name not in self._ddp.parameters_to_ignore], ranks):
+        own = (p for name, p in named if name not in self._ddp.parameters_to_ignore)
+        if wrong := different_experts(own, self._ddp.process_group):
             raise PipelineError(
                 f"DistributedDataParallel: {wrong}; list experts in module._ddp_params_and_buffers_to_ignore before it "
                 "is wrapped"

@@ -117,7 +117,7 @@ def start_alike(groups: Sequence[Sequence[Tensor]], shards: ShardGroup, argument
     """
     everything = [parameter for parameters in groups for parameter in parameters]
     for group in shards.groups:
-        if wrong := different_experts(everything, dist.get_process_group_ranks(group)):
+        if wrong := different_experts(everything, group):
             raise PipelineError(f"Bf16ZeroOptimizer: {wrong}; {SAME_EXPERTS}")
     kinds = [
         f"{number}.{index} {tuple(p.shape)} {p.dtype} {p.requires_grad}"

@@ -53,16 +53,17 @@ def counts_elsewhere(parameter: Tensor) -> bool:
     return _ranks(parameter)[0] != dist.get_rank()
 
 
-def different_experts(parameters: Iterable[Tensor], ranks: Iterable[int]) -> str | None:
-    """What is wrong with taking these ranks for replicas of all parameters; None if nothing is.
+def different_experts(parameters: Iterable[Tensor], *groups: dist.ProcessGroup) -> str | None:
+    """What is wrong with taking the ranks of these groups for replicas of all parameters; None if nothing is.
 
     Args:
         parameters: Of this rank.
-        ranks: The global ranks that would take them for the same.
+        groups: Of the ranks that would take them for the same. Nobody asks for their ranks where there are no experts:
+            they may have been destroyed.
     """
     if not _replicas:
         return None
-    shared = set(ranks)
+    shared = {rank for group in groups for rank in dist.get_process_group_ranks(group)}
     for index, parameter in enumerate(parameters):
         replicas = _ranks(parameter)
         if replicas and len(shared) > 1 and not shared <= set(replicas):
