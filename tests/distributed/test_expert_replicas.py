@@ -94,9 +94,14 @@ def run_once(wrapper, experts_first):
     model = nn.Linear(WIDTH, WIDTH)
     if experts_first:
         create_moe_dp_hooks(model.named_parameters())
+        before = model.weight.tolist()
+        try:
+            wrapper(model)
+        finally:
+            assert model.weight.tolist() == before  # nothing is lost
+        pytest.fail("the wrapper took them")
     around = wrapper(model)
-    if not experts_first:
-        create_moe_dp_hooks(model.named_parameters())
+    create_moe_dp_hooks(model.named_parameters())
     forward_backward(None, lambda x: around(x).sum(), None, torch.ones(2, WIDTH), num_microbatches=2)
 
 

@@ -242,3 +242,22 @@ def test_what_came_in_the_same_frame_may_be_changed():
             assert torch.equal(received, mask)
         for transport in (edge.a, edge.b):
             transport.finish_step(None, None)
+
+
+def test_a_repeating_value_that_gives_way_to_another_is_forgotten():
+    """A tensor that comes later may get the address of the first one, and has versions of its own."""
+    edge, mask = Edge(), torch.zeros(MASK)
+    edge.step([(torch.ones(4), mask) for _ in range(3)])
+    for transport in (edge.a, edge.b):
+        transport.begin_step("s", training=True)
+    inlet, held = edge.b.inlet(0), []
+    for number in range(8):
+        if number % 3 == 1:
+            mask.add_(1)  # each value is sent three times: the second time it is kept, in place of the last
+        edge.a.outlet(1).send(Kind.FORWARD, 0, number, 8, *flatten((torch.ones(4), mask)))
+        hidden, received = inlet.take(Kind.FORWARD, 0, number).tensors
+        hidden.add_(1)
+        assert torch.equal(received, mask)
+        held.append(received)
+    assert len({id(received) for received in held}) > 1
+    assert set(inlet._versions) <= {id(kept) for places in inlet._kept.values() for kept in places.values()}

@@ -38,6 +38,7 @@ from torchdistpackage.parallel.replicated_modules import (
     TorchReplica,
     is_torch_replica,
     reduce_now,
+    refuse_different_experts,
     tensors,
 )
 from torchdistpackage.topology import tpc
@@ -58,7 +59,8 @@ class DDP(DistributedDataParallel):
 
     Raises:
         TopologyError: Process groups have not been set up.
-        PipelineError: A parameter is a DTensor, which torch's wrapper cannot hold.
+        PipelineError: A parameter is a DTensor, which torch's wrapper cannot hold, or of experts that the ranks of the
+            group do not share.
 
     Example:
         >>> stage = DDP(nn.Linear(4, 1), find_unused_parameters=True)
@@ -80,7 +82,9 @@ class DDP(DistributedDataParallel):
                 f"torch's DistributedDataParallel cannot hold DTensors, and {type(module).__name__} has some (tensor "
                 "parallelism): wrap it in NaiveDDP, or use Bf16ZeroOptimizer or fully_shard over the data group"
             )
-        super().__init__(module, process_group=process_group or tpc.get_group("data"), **options)
+        group = process_group or tpc.get_group("data")
+        refuse_different_experts(module, getattr(module, "_ddp_params_and_buffers_to_ignore", ()), group)
+        super().__init__(module, process_group=group, **options)
         self._passes_through = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

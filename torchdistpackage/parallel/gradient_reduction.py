@@ -34,13 +34,12 @@ from torchdistpackage.errors import PipelineError
 from torchdistpackage.parallel.gradient_buckets import Bucket, Slot, bucket_layout
 from torchdistpackage.parallel.same_start import agree_on_parameters
 from torchdistpackage.parallel.sparse_gradients import reduce_sparse_gradient
-from torchdistpackage.topology.expert_replicas import different_experts
+from torchdistpackage.topology.expert_replicas import LEAVE_ALONE, different_experts
 
 __all__ = ["GradientReduction", "ReductionOfStep", "ReductionOptions", "reduced_by", "reduced_twice"]
 
 _log = logging.getLogger(__name__)
 
-_LEAVE_ALONE = "list experts in module._ddp_params_and_buffers_to_ignore before it is wrapped"
 _reduced_by: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weak reference to its reduction
 
 
@@ -53,7 +52,7 @@ def reduced_by(parameter: Tensor) -> str | None:
 
 def reduced_twice(name: str, other: str, what: str) -> str:
     """The error of a parameter that two kinds of owners would reduce."""
-    return f"{name} is reduced by a {other} already, and would be by this {what} again: {_LEAVE_ALONE}"
+    return f"{name} is reduced by a {other} already, and would be by this {what} again: {LEAVE_ALONE}"
 
 
 @final
@@ -138,7 +137,7 @@ class GradientReduction:
             if other is not None and other != self._what:
                 raise PipelineError(reduced_twice(slot.name, other, self._what))
             if wrong := different_experts([parameter], self._group):
-                raise PipelineError(f"{self._what} with {slot.name}: {wrong}; {_LEAVE_ALONE}")
+                raise PipelineError(f"{self._what} with {slot.name}: {wrong}; {LEAVE_ALONE}")
         for slot in self._slots:
             if slot.parameter is not None:
                 _reduced_by[slot.parameter] = weakref.ref(self)

@@ -20,15 +20,16 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol, final
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from torchdistpackage.errors import PipelineError
 from torchdistpackage.runtime.backward import reachable_leaves
-from torchdistpackage.topology.expert_replicas import different_experts
+from torchdistpackage.topology.expert_replicas import LEAVE_ALONE, different_experts
 
-__all__ = ["Replicated", "TorchReplica", "is_torch_replica", "reduce_now", "tensors"]
+__all__ = ["Replicated", "TorchReplica", "is_torch_replica", "reduce_now", "refuse_different_experts", "tensors"]
 
 _cut_off: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
@@ -110,13 +111,7 @@ class TorchReplica:
                 "pipelined with several micro-batches; use static_graph=False (find_unused_parameters=True if some "
                 "parameters get no gradient)"
             )
-        named = self._ddp.module.named_parameters()
-        own = (p for name, p in named if name not in self._ddp.parameters_to_ignore)
-        if wrong := different_experts(own, self._ddp.process_group):
-            raise PipelineError(
-                f"DistributedDataParallel: {wrong}; list experts in module._ddp_params_and_buffers_to_ignore before it "
-                "is wrapped"
-            )
+        refuse_different_experts(self._ddp.module, self._ddp.parameters_to_ignore, self._ddp.process_group)
         self._set_quiet(True)
 
     def parameters(self) -> list[Tensor]:
@@ -174,6 +169,16 @@ class TorchReplica:
         self._ddp.require_backward_grad_sync = not quiet
         if self._state is not None:
             self._state._no_sync = quiet  # each forward copies it; also one that a checkpoint runs again
+
+
+def refuse_different_experts(module: nn.Module, ignored: Collection[str], group: dist.ProcessGroup) -> None:
+    """Raises if a wrapper over this group would average experts that its ranks do not share.
+
+    Raises:
+        PipelineError: A parameter whose name is not ignored is such a one.
+    """
+    if wrong := different_experts((p for name, p in module.named_parameters() if name not in ignored), group):
+        raise PipelineError(f"DistributedDataParallel: {wrong}; {LEAVE_ALONE}")
 
 
 def reduce_now(members: Sequence[Replicated]) -> None:

@@ -154,6 +154,7 @@ class Inlet:
             tensor = kept[place] if about.travel == Travel.KEPT else next(arrived)
             if about.travel == Travel.KEEP:
                 tensor = tensor.data  # counts its own changes, not those of what came in the same frame
+                self._versions.pop(id(kept.get(place)), None)  # another tensor may get that id
                 kept[place] = tensor
                 self._versions[id(tensor)] = version_of(tensor)
             found.append(tensor)

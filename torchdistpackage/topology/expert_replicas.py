@@ -21,8 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchdistpackage.topology.context import tpc
 
-__all__ = ["SAME_EXPERTS", "counts_elsewhere", "different_experts", "forget", "register", "spread_group"]
+__all__ = ["LEAVE_ALONE", "SAME_EXPERTS", "counts_elsewhere", "different_experts", "forget", "register", "spread_group"]
 
+LEAVE_ALONE = "list experts in module._ddp_params_and_buffers_to_ignore before it is wrapped"
 SAME_EXPERTS = (
     "take the ranks that hold the same experts, tpc.get_group('moe_dp'), which have all other parameters in common, too"
 )
